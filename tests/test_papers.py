@@ -11,7 +11,8 @@ import yaml
 
 from efftrain.claims import KINDS, VERDICTS, verdict
 from efftrain.datasets import project_root
-from efftrain.pipeline import check_params, fingerprint, import_closure, notebook_code, papers
+from efftrain.fingerprint import fingerprint, import_closure, notebook_code
+from efftrain.pipeline import check_params, papers
 
 ROOT = project_root()
 PAPERS = papers(ROOT)

@@ -1,0 +1,360 @@
+"""Lion against independent implementations, and everything that users expect of a torch optimizer."""
+import copy
+import io
+import os
+import pickle
+import warnings
+
+import lion_pytorch
+import numpy as np
+import pytest
+import pytorch_optimizer
+import torch
+from torch import nn
+
+from efftrain.optim import base
+from efftrain.optim.lion import Lion
+
+PATHS = {"single": dict(foreach=False), "foreach": dict(foreach=True), "fused": dict(fused=True)}
+every_path = pytest.mark.parametrize("path", PATHS)
+
+
+def network(seed=0, dtype=torch.float32):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(6, 300), nn.Tanh(), nn.Linear(300, 260), nn.Tanh(), nn.Linear(260, 3)).to(dtype)  # one matrix of more than SMALL elements
+
+
+def gradients(params, seed):
+    generator = torch.Generator().manual_seed(seed)
+    for p in params: p.grad = torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.dtype)
+
+
+def train(make, steps, dtype=torch.float32):
+    model = network(dtype=dtype)
+    opt = make(model.parameters())
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(steps):
+        x = torch.randn(16, 6, generator=generator).to(dtype)
+        opt.zero_grad()
+        (model(x) - torch.sin(x[:, :3])).square().mean().backward()
+        opt.step()
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def numpy_lion(w, grads, lr, beta1, beta2, decay):
+    m = np.zeros_like(w)
+    for g in grads:
+        w = w * (1 - lr * decay) - lr * np.sign(beta1 * m + (1 - beta1) * g)
+        m = beta2 * m + (1 - beta2) * g
+    return w
+
+
+# the rule
+
+@pytest.mark.parametrize("peer", [lion_pytorch.Lion, pytorch_optimizer.Lion], ids=["lion_pytorch", "pytorch_optimizer"])
+@pytest.mark.parametrize("decay", [0.0, 0.5])
+def test_equals_the_peers_over_200_steps(peer, decay):
+    options = dict(lr=1e-3, betas=(0.9, 0.99), weight_decay=decay)
+    torch.manual_seed(0)
+    start = [torch.randn(s) for s in ((13, 7), (29,), ())]
+    ours, theirs = ([nn.Parameter(s.clone()) for s in start] for _ in range(2))
+    a, b = Lion(ours, **options), peer(theirs, **options)
+    for step in range(200):
+        gradients(ours, step); gradients(theirs, step)
+        a.step(); b.step()
+        for p, q in zip(ours, theirs): torch.testing.assert_close(p, q, rtol=0, atol=1e-6)
+
+
+@every_path
+def test_equals_numpy_in_float64(path):
+    w = torch.randn(base.SMALL + 17, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    p, grads = nn.Parameter(w.clone()), []
+    opt = Lion([p], lr=1e-2, betas=(0.8, 0.95), weight_decay=0.7, **PATHS[path])
+    for step in range(12):
+        gradients([p], step); grads.append(p.grad.numpy()); opt.step()
+    np.testing.assert_allclose(p.detach().numpy(), numpy_lion(w.numpy(), grads, 1e-2, 0.8, 0.95, 0.7), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("k", [-8, -3, 4, 9])
+def test_scale_of_the_gradients_does_not_matter(k):
+    a, b = (nn.Parameter(torch.ones(50)) for _ in range(2))
+    one, other = Lion([a], lr=1e-2, weight_decay=0.1), Lion([b], lr=1e-2, weight_decay=0.1)
+    for step in range(60):
+        gradients([a], step); b.grad = a.grad * 10.0**k
+        one.step(); other.step()
+    torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+
+
+@every_path
+def test_without_momentum_it_is_signsgd(path):
+    p = nn.Parameter(torch.zeros(base.SMALL)); q = torch.zeros(base.SMALL)
+    opt = Lion([p], lr=0.5, betas=(0, 0), **PATHS[path])
+    for step, size in enumerate([1e10, 1e-10, 1.0]):
+        gradients([p], step); p.grad *= size; p.grad[:7] = 0
+        q -= 0.5 * p.grad.sign()
+        opt.step()
+    assert torch.equal(p, q) and (p[:7] == 0).all()
+
+
+def test_a_convex_quadratic_converges_when_the_rate_falls():
+    torch.manual_seed(0)
+    root = torch.randn(12, 8); target = torch.randn(8)
+    w = nn.Parameter(torch.zeros(8)); opt = Lion([w], lr=0.05)
+    schedule = torch.optim.lr_scheduler.LambdaLR(opt, lambda k: max(1 - k / 1000, 0))
+    for _ in range(1000):
+        opt.zero_grad(); (root @ (w - target)).square().sum().backward(); opt.step(); schedule.step()
+    torch.testing.assert_close(w.detach(), target, rtol=0, atol=1e-3)
+
+
+def test_every_weight_moves_by_the_learning_rate_and_decay_comes_first():
+    p = nn.Parameter(torch.tensor([2.0, 2.0, 2.0])); p.grad = torch.tensor([1e-20, -1e20, 0])
+    Lion([p], lr=0.1, weight_decay=1.0).step()
+    torch.testing.assert_close(p.detach(), torch.tensor([1.7, 1.9, 1.8]))
+
+
+# three paths
+
+SHAPES = [(300, 400), (70_000,), (8, 64, 16, 16), (5, 3), (), (0, 4), (1,)]
+
+
+def parameters(dtype):
+    generator = torch.Generator().manual_seed(3)
+    out = [torch.randn(s, generator=generator).to(dtype) for s in SHAPES]
+    out[2] = out[2].contiguous(memory_format=torch.channels_last)
+    out.append(torch.randn(500, 200, generator=generator).to(dtype).t())
+    return [nn.Parameter(p) for p in out]
+
+
+@pytest.mark.parametrize("dtype, atol", [(torch.float32, 1e-6), (torch.float64, 1e-12), (torch.bfloat16, 0.02)], ids=["float32", "float64", "bfloat16"])
+@pytest.mark.parametrize("options", [{}, dict(weight_decay=0.3, maximize=True, state_dtype=torch.bfloat16), dict(lr=torch.tensor(1e-3), state_dtype=torch.float32)], ids=["plain", "maximize", "tensor"])
+def test_paths_agree(dtype, atol, options):
+    runs = {}
+    for path, flags in PATHS.items():
+        params = parameters(dtype)
+        opt = Lion(params, **{"lr": 1e-3, **options, **flags})
+        for step in range(10):
+            gradients(params, step)
+            with warnings.catch_warnings():
+                warnings.simplefilter("error", RuntimeWarning)  # a fall-back would be a warning
+                opt.step()
+        assert all(p.dtype == dtype and opt.state[p]["exp_avg"].dtype == options.get("state_dtype", dtype) for p in params)
+        assert params[2].is_contiguous(memory_format=torch.channels_last)
+        runs[path] = params
+    for a, b, c in zip(*runs.values()):
+        assert torch.equal(a, b)
+        torch.testing.assert_close(a, c, rtol=0, atol=atol)
+
+
+def test_gradients_with_other_strides_than_the_parameter():
+    a, b = (nn.Parameter(torch.ones(300, 400)) for _ in range(2))
+    one, fused = Lion([a], lr=0.1), Lion([b], lr=0.1, fused=True)
+    g = torch.randn(400, 300).t()
+    a.grad, b.grad = g, g.clone(memory_format=torch.preserve_format)
+    assert b.grad.stride() != b.stride()
+    one.step(); fused.step()
+    assert torch.equal(a, b)
+
+
+def test_one_compilation_serves_schedules_groups_and_shapes():
+    from torch._dynamo.utils import counters
+    params = parameters(torch.float32)
+    opt = Lion([{"params": params[:1]}, {"params": params[1:2], "lr": 0.3, "betas": (0.5, 0.6), "weight_decay": 2.0}, {"params": params[2:], "maximize": True}], lr=0.1, fused=True)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(opt, 8)
+    torch.compiler.reset(); counters.clear()
+    for step in range(8):
+        gradients(params, step); opt.step(); schedule.step()
+    assert counters["stats"]["unique_graphs"] == 1
+    opt.param_groups[0]["lr"] = torch.tensor(0.02)
+    gradients(params, 9); opt.step()
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+def test_without_a_compiler_it_warns_once_and_steps_all_the_same(monkeypatch, tmp_path):
+    from torch._inductor import config
+    monkeypatch.setattr(base, "_without_compiler", set())
+    base._compiled.cache_clear()
+    a, b = (nn.Parameter(torch.ones(base.SMALL)) for _ in range(2))
+    a.grad, b.grad = torch.ones_like(a), torch.ones_like(b)
+    one, fused = Lion([a], lr=0.1), Lion([b], lr=0.1, fused=True)
+    with config.patch({"cpp.cxx": (str(tmp_path / "no-compiler"),), "force_disable_caches": True}):
+        one.step()
+        with pytest.warns(RuntimeWarning, match="falls back to foreach.*compiler"): fused.step()
+        assert torch.equal(a, b)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", RuntimeWarning)
+            one.step(); fused.step()
+        assert torch.equal(a, b)
+    base._compiled.cache_clear()
+
+
+# torch.optim's ways
+
+@every_path
+def test_parameters_without_gradient_are_passed_over(path):
+    params = [nn.Parameter(torch.ones(3)) for _ in range(3)]
+    opt = Lion(params, lr=0.1, weight_decay=0.5, **PATHS[path])
+    params[1].grad = torch.ones(3)
+    opt.step()
+    assert (params[0] == 1).all() and (params[1] < 1).all() and set(opt.state) == {params[1]}
+    opt.zero_grad(); opt.step()
+
+
+@every_path
+def test_sparse_and_complex_gradients_are_rejected_by_name(path):
+    table = nn.Embedding(5, 3, sparse=True); table(torch.tensor([1])).sum().backward()
+    with pytest.raises(RuntimeError, match="Lion does not take sparse gradients.*'weight'"): Lion(table.named_parameters(), **PATHS[path]).step()
+    z = nn.Parameter(torch.ones(2, dtype=torch.complex64)); z.grad = torch.ones_like(z)
+    with pytest.raises(RuntimeError, match="Lion does not take complex gradients.*parameter 0"): Lion([z], **PATHS[path]).step()
+
+
+@pytest.mark.parametrize("options, error, text", [
+    (dict(lr=0.0), ValueError, "lr is 0.0"), (dict(lr=-1), ValueError, "lr is -1"), (dict(lr=float("inf")), ValueError, "lr is inf"), (dict(lr="1"), TypeError, "lr is '1'"),
+    (dict(lr=torch.ones(2)), ValueError, "lr is a tensor"), (dict(betas=(0.9, 1.0)), ValueError, r"betas\[1\] is 1.0"), (dict(betas=(-0.1, 0.9)), ValueError, r"betas\[0\] is -0.1"),
+    (dict(betas=0.9), ValueError, "betas is 0.9"), (dict(weight_decay=-1e-9), ValueError, "weight_decay is -1e-09"), (dict(foreach=True, fused=True), ValueError, "foreach and fused"),
+    (dict(fused="yes"), TypeError, "fused is 'yes'"), (dict(maximize=None), TypeError, "maximize is None"), (dict(state_dtype=torch.int8), ValueError, "state_dtype is torch.int8")])
+def test_bad_arguments_are_named(options, error, text):
+    with pytest.raises(error, match=text): Lion([nn.Parameter(torch.ones(2))], **options)
+    opt = Lion([nn.Parameter(torch.ones(2))])
+    with pytest.raises(error, match=text): opt.add_param_group({"params": [nn.Parameter(torch.ones(2))], **options})
+    assert len(opt.param_groups) == 1
+
+
+def test_fused_on_an_unsupported_device_is_refused():
+    p = nn.Parameter(torch.ones(2, device="meta"))
+    with pytest.raises(RuntimeError, match="'meta'"): Lion([p], fused=True)
+
+
+@every_path
+@pytest.mark.parametrize("state_dtype", [None, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_state_dict_round_trip_bit_for_bit(path, dtype, state_dtype):
+    def fresh(): return [nn.Parameter(torch.ones(s, dtype=dtype)) for s in ((300, 250), (7,), ())]
+    options = dict(lr=1e-2, weight_decay=0.1, state_dtype=state_dtype, **PATHS[path])
+    a = fresh(); one = Lion(a, **options)
+    for step in range(5): gradients(a, step); one.step()
+    file = io.BytesIO(); torch.save(one.state_dict(), file); file.seek(0)
+    b = fresh(); other = Lion(b, lr=1.0)
+    other.load_state_dict(torch.load(file, weights_only=True))
+    with torch.no_grad():
+        for p, q in zip(a, b): q.copy_(p)
+    c, copied = copy.deepcopy((a, one)); d, pickled = pickle.loads(pickle.dumps((a, one)))
+    for step in range(5, 10):
+        for params, opt in ((a, one), (b, other), (c, copied), (d, pickled)): gradients(params, step); opt.step()
+    for others in (b, c, d): assert all(torch.equal(p, q) for p, q in zip(a, others))
+    assert all(torch.equal(one.state[p]["exp_avg"], other.state[q]["exp_avg"]) and other.state[q]["exp_avg"].dtype == (state_dtype or dtype) for p, q in zip(a, b))
+
+
+def test_a_loaded_state_is_not_shared_and_older_checkpoints_load():
+    p = nn.Parameter(torch.ones(3)); p.grad = torch.ones(3); one = Lion([p]); one.step()
+    saved = one.state_dict(); saved["param_groups"][0].pop("state_dtype")
+    other = Lion([p]); other.load_state_dict(saved)
+    assert other.state[p]["exp_avg"].data_ptr() != one.state[p]["exp_avg"].data_ptr() and other.param_groups[0]["state_dtype"] is None
+    other.step()
+
+
+def test_groups_closures_hooks_and_a_schedule_that_starts_at_zero():
+    a, b = (nn.Parameter(torch.ones(2)) for _ in range(2))
+    opt, calls = Lion([{"params": [a], "lr": 0.5}, {"params": b, "weight_decay": 1.0}], lr=0.25), []
+    opt.register_step_pre_hook(lambda *_: calls.append("before")); opt.register_step_post_hook(lambda *_: calls.append("after"))
+    def closure():
+        opt.zero_grad(); loss = (a + b).sum(); loss.backward(); return loss
+    assert opt.step(closure).item() == 4 and calls == ["before", "after"]
+    assert a.tolist() == [0.5, 0.5] and b.tolist() == [0.5, 0.5]
+    schedule = torch.optim.lr_scheduler.LambdaLR(opt, lambda k: k)
+    assert opt.param_groups[0]["lr"] == 0
+    opt.step(closure); assert a.tolist() == [0.5, 0.5]
+    schedule.step(); opt.step(closure); assert a.tolist() == [0.0, 0.0]
+
+
+def test_grad_scaler_unscales_and_skips_overflow():
+    a, b = (nn.Parameter(torch.ones(4)) for _ in range(2))
+    one, scaled, scaler = Lion([a], lr=0.1), Lion([b], lr=0.1), torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    for factor in (1.0, float("inf"), -3.0):
+        opt_loss = (a * factor).sum() if factor != float("inf") else None
+        one.zero_grad(); scaled.zero_grad()
+        scaler.scale((b * factor).sum()).backward()
+        scaler.step(scaled); scaler.update()
+        if opt_loss is not None: opt_loss.backward(); one.step()
+    assert torch.equal(a, b) and torch.equal(one.state[a]["exp_avg"], scaled.state[b]["exp_avg"])
+
+
+@every_path
+def test_autograd_sees_that_weights_changed(path):
+    p = nn.Parameter(torch.ones(base.SMALL)); loss = (p * p).sum()
+    p.grad = torch.ones_like(p); Lion([p], **PATHS[path]).step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"): loss.backward()
+
+
+@pytest.mark.parametrize("flags", [{}, dict(fused=True)], ids=["single", "fused"])
+def test_torch_compile_around_the_step(flags):
+    a, b = network(), network()
+    one, other = Lion(a.parameters(), lr=torch.tensor(1e-2), weight_decay=0.1), Lion(b.parameters(), lr=torch.tensor(1e-2), weight_decay=0.1, **flags)
+    torch.compiler.reset()
+    compiled = torch.compile(other.step, backend="aot_eager", fullgraph=True)
+    for step in range(6):
+        gradients(a.parameters(), step); gradients(b.parameters(), step)
+        for opt in (one, other): opt.param_groups[0]["lr"].fill_(1e-2 / (step + 1))
+        one.step()
+        if step == 3: torch.compiler.set_stance("fail_on_recompile")  # the rate changes, the graph does not
+        try: compiled()
+        finally: torch.compiler.set_stance("default")
+    for p, q in zip(a.parameters(), b.parameters()): torch.testing.assert_close(p, q, rtol=0, atol=1e-6)
+
+
+def test_fake_tensors_take_a_step():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    with FakeTensorMode():
+        for flags in PATHS.values():
+            p = nn.Parameter(torch.ones(1 << 20, 1 << 10, dtype=torch.bfloat16)); p.grad = torch.ones_like(p)
+            opt = Lion([p], **flags); opt.step()
+            assert opt.state[p]["exp_avg"].nbytes == 2 * p.numel()
+
+
+# several processes
+
+def _worker(rank, world, store):
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.nn.parallel import DistributedDataParallel
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+    x = torch.randn(8, 6, generator=torch.Generator().manual_seed(5)); mine = x.chunk(world)[rank]
+    plain, ddp, sharded = network(), DistributedDataParallel(network()), network()
+    mesh = init_device_mesh("cpu", (world,))
+    for layer in (sharded[0], sharded[2], sharded[4]): fully_shard(layer, mesh=mesh)  # the last layer has 3 rows: shards of 2 and 1
+    fully_shard(sharded, mesh=mesh)
+    optimizers = [Lion(m.parameters(), lr=1e-2, weight_decay=0.1, foreach=f) for m, f in ((plain, None), (ddp, None), (sharded, True))]
+    for _ in range(5):
+        for m, opt, batch in zip((plain, ddp, sharded), optimizers, (x, mine, mine)):
+            opt.zero_grad(); m(batch).square().mean().backward(); opt.step()
+    whole = [p.full_tensor() for p in sharded.parameters()]
+    for p, q, r in zip(plain.parameters(), ddp.parameters(), whole):
+        torch.testing.assert_close(p, q, rtol=0, atol=1e-6); torch.testing.assert_close(p, r, rtol=0, atol=1e-6)
+    state = optimizers[2].state_dict()
+    assert all(type(s["exp_avg"]).__name__ == "DTensor" for s in state["state"].values())
+    again = Lion(sharded.parameters(), lr=1e-2); again.load_state_dict(state)
+    for opt in (again, optimizers[0]):
+        for m, batch in ((sharded, mine), (plain, x)):
+            if opt in (again,) and m is sharded or opt is optimizers[0] and m is plain:
+                opt.zero_grad(); m(batch).square().mean().backward(); opt.step()
+    for p, r in zip(plain.parameters(), sharded.parameters()): torch.testing.assert_close(p, r.full_tensor(), rtol=0, atol=1e-6)
+    dist.destroy_process_group()
+
+
+def test_ddp_and_fsdp2_on_two_processes(tmp_path):
+    torch.multiprocessing.spawn(_worker, (2, str(tmp_path / "store")), nprocs=2)
+
+
+# other people's loops
+
+def test_transformers_trainer(tmp_path):
+    from transformers import Trainer, TrainingArguments
+    from efftrain.models import llama
+    model = llama(16, 1, heads=1)
+    before = [p.detach().clone() for p in model.parameters()]
+    rows = [{"input_ids": list(range(i, i + 8)), "labels": list(range(i, i + 8))} for i in range(12)]
+    opt = Lion(model.parameters(), lr=1e-3)
+    args = TrainingArguments(output_dir=str(tmp_path), max_steps=3, per_device_train_batch_size=4, report_to=[], disable_tqdm=True, use_cpu=True, save_strategy="no", logging_strategy="no")
+    Trainer(model=model, args=args, train_dataset=rows, optimizers=(opt, torch.optim.lr_scheduler.ConstantLR(opt))).train()
+    assert all((p != q).any() for p, q in zip(model.parameters(), before)) and len(opt.state) == len(before)
