@@ -14,7 +14,9 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['project_root', 'data_dir', 'data_file', 'english_tokenizer', 'english', 'english_domains', 'english_tokens_by_domain',
-           'english_documents', 'TokenBatches', 'ArrayBatches']
+           'english_documents', 'TokenBatches', 'ArrayBatches', 'fashion_mnist', 'fashion_mnist_classes', 'digits',
+           'emoji', 'debian', 'debian_depends', 'manpages', 'gcide', 'wordnet', 'text_classification_tasks',
+           'text_classification', 'm1', 'm3', 'tourism', 'jaspar', 'tabular', 'names', 'load']
 
 # %% ../nbs/datasets.ipynb #36c9d158
 def project_root() -> Path:
@@ -200,3 +202,169 @@ class ArrayBatches(_Batches):
         import torch
         rows = torch.from_numpy(self._rows(step))
         return tuple(a[rows] for a in self.arrays)
+
+# %% ../nbs/datasets.ipynb #5a29ae9b
+def _strips(strips: Sequence, mode: str, size: int) -> np.ndarray:
+    "Pictures [n, size, size(, 3)] from strips that stack them on top of each other."
+    import io
+    from PIL import Image
+    shape = (-1, size, size, 3) if mode == "RGB" else (-1, size, size)
+    return np.concatenate([np.asarray(Image.open(io.BytesIO(s)).convert(mode)).reshape(shape) for s in strips])
+
+def fashion_mnist(split: str = "train") -> tuple[np.ndarray, np.ndarray]:
+    """Fashion-MNIST (Xiao et al. 2017): pictures, uint8 [n, 28, 28] with 0 for black, and classes 0 to 9, int64 [n]; 60,000 of split "train", 10,000 of "test".
+
+    Classes by `fashion_mnist_classes()`. Raises ValueError for another split."""
+    _allowed("split", split, ("train", "test"))
+    table = _table("fashion_mnist")
+    table = table[table.split == split]
+    return _strips(table.images, "L", 28), np.frombuffer(b"".join(table.labels), np.uint8).astype(np.int64)
+
+def fashion_mnist_classes() -> list[str]:
+    """Names of Fashion-MNIST's classes, by class number."""
+    return ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"]
+
+def digits(split: str = "all", *, test_size: int = 360, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Handwritten digits of scikit-learn (UCI optical recognition): float32 [n, 64] in [0, 1] (8 x 8 pixels, row by row) and classes int64 [n]; 1,797 in all.
+
+    `split` is "all", "train" or "test": `test_size` of them, drawn with `seed` in equal shares of the classes. Raises ValueError for another split."""
+    _allowed("split", split, ("all", "train", "test"))
+    from sklearn.datasets import load_digits
+    X, y = load_digits(return_X_y=True)
+    X, y = (X / 16).astype(np.float32), y.astype(np.int64)
+    if split == "all": return X, y
+    from sklearn.model_selection import train_test_split
+    train, test = train_test_split(np.arange(len(y)), test_size=test_size, random_state=seed, stratify=y)
+    rows = np.sort(train if split == "train" else test)
+    return X[rows], y[rows]
+
+def emoji(vendor: str = "twitter", size: int = 64) -> tuple[np.ndarray, "pd.DataFrame"]:
+    """Emoji as one vendor draws them: uint8 [1906, size, size, 3] RGB on white, and a table with name, keywords, group, subgroup, unicode, a row for each picture.
+
+    `vendor`: "twitter", "google" or "openmoji", the same emoji in the same order; `size`: 64 or 32 pixels (means of 2 x 2). Raises ValueError for others."""
+    _allowed("vendor", vendor, ("twitter", "google", "openmoji")); _allowed("size", size, (64, 32))
+    images = _strips(_table(f"emoji_{vendor}").images, "RGB", 64)
+    if size == 32: images = (images.reshape(-1, 32, 2, 32, 2, 3).astype(np.uint16).sum((2, 4)) + 2 >> 2).astype(np.uint8)
+    return images, _table("emoji")
+
+# %% ../nbs/datasets.ipynb #c2bf8676
+def debian() -> "pd.DataFrame":
+    """Packages of Debian 12 (amd64, main), 63,436 rows sorted by name: package, synopsis (one line), description, section (one of 58), tags (facet::tag, comma-separated), source."""
+    return _table("debian")
+
+def debian_depends() -> np.ndarray:
+    """Which package needs which: int64 [247686, 2] with row numbers of `debian()`, from the package to what it depends on (alternatives included)."""
+    return _table("debian_depends").to_numpy(np.int64)
+
+def manpages(lang: str | None = None) -> "pd.DataFrame":
+    """Manual pages of Debian 12: lang, name, section ("1" to "8"), text; 3,609 pages in 25 languages, or those of one. Raises ValueError for a language that is not there."""
+    table = _table("manpages")
+    if lang is None: return table
+    _allowed("lang", lang, sorted(table.lang.unique()))
+    return table[table.lang == lang].reset_index(drop=True)
+
+def gcide() -> "pd.DataFrame":
+    """Entries of the GNU Collaborative International Dictionary of English: word, pos (as printed: "n.", "v. t.", ...), text; 109,007 rows."""
+    return _table("gcide")
+
+def wordnet() -> "pd.DataFrame":
+    """Synsets of WordNet 3.1: synset, pos ("noun", "verb", "adj", "adv"), words (separated by "; "), gloss; 117,791 rows."""
+    return _table("wordnet")
+
+# %% ../nbs/datasets.ipynb #4fd9c9a6
+_TASKS = {"utils-devel": ("utils", "devel"), "utils-net": ("utils", "net"), "libs-devel": ("libs", "devel"), "golang-devel": ("golang", "devel"), "noun-verb": ("noun", "verb")}
+
+def text_classification_tasks() -> list[str]:
+    """Names for `text_classification`: two sections of Debian by the text of their packages ("utils-devel", ...), and "noun-verb", WordNet glosses by part of speech."""
+    return list(_TASKS)
+
+def text_classification(task: str = "utils-devel", n_train: int = 1000, n_valid: int = 500, seed: int = 0) -> tuple["pd.DataFrame", "pd.DataFrame"]:
+    """Training and validation tables with columns text and label (0 or 1), balanced and shuffled; the same for the same arguments.
+
+    `task` is one of `text_classification_tasks()`; `n_train` and `n_valid` are even numbers of rows. The validation part does not depend on `n_train`, and no source package is in both parts.
+    Raises ValueError for an unknown task, odd or non-positive sizes, or more rows than there are."""
+    import pandas as pd
+    _allowed("task", task, text_classification_tasks())
+    for name, n in (("n_train", n_train), ("n_valid", n_valid)):
+        if isinstance(n, bool) or not isinstance(n, (int, np.integer)) or n < 2 or n % 2: raise ValueError(f"{name}={n!r} is not allowed; it must be an even number of at least 2")
+    if task == "noun-verb": table = wordnet().rename(columns={"pos": "kind", "gloss": "text", "synset": "group"})
+    else:
+        table = debian().rename(columns={"section": "kind", "source": "group"})
+        table["text"] = table.synopsis + ". " + table.description.str.split("\n").str[0]
+    table = table[table.kind.isin(_TASKS[task]) & (table.text.str.len() >= 20)].drop_duplicates("text")
+    table = table.assign(label=(table.kind == _TASKS[task][1]).astype(np.int64))
+    groups = np.sort(table.group.unique())
+    order = dict(zip(groups, np.random.default_rng(seed).permutation(len(groups))))
+    table = table.assign(order=table.group.map(order)).sort_values(["order", "text"])
+    parts, limit = [], None
+    for name, n in (("n_valid", n_valid), ("n_train", n_train)):  # validation takes the first sources, training those after them
+        rest = table if limit is None else table[table.order > limit]
+        taken = pd.concat([rest[rest.label == k].head(n // 2) for k in (0, 1)])
+        if len(taken) < n: raise ValueError(f"{name}={n} is more than task {task!r} has left; there are {[int((rest.label == k).sum()) for k in (0, 1)]} of its classes")
+        limit = int(taken.order.max())
+        parts.append(taken[["text", "label"]].sample(frac=1, random_state=seed).reset_index(drop=True))
+    return parts[1], parts[0]
+
+# %% ../nbs/datasets.ipynb #ff7936a0
+def _series(name: str, period: str | None) -> "pd.DataFrame":
+    import pandas as pd
+    table = _table(name)
+    if period is not None:
+        _allowed("period", period, sorted(table.period.unique()))
+        table = table[table.period == period]
+    sizes = table.train.str.len() + table.test.str.len()
+    repeat = lambda column: np.repeat(table[column].to_numpy(), sizes)
+    ds = np.concatenate([np.arange(n) for n in sizes])
+    part = np.where(ds < np.repeat(table.train.str.len().to_numpy(), sizes), "train", "test")
+    y = np.concatenate([v for pair in zip(table.train, table.test) for v in pair])
+    return pd.DataFrame({"unique_id": repeat("series"), "ds": ds, "y": y, "part": part, "period": repeat("period"), "type": repeat("type")})
+
+def m1(period: str | None = None) -> "pd.DataFrame":
+    """M1 competition (Makridakis et al. 1982), 1,001 series: a row a point with unique_id, ds (0, 1, ...), y, part ("train" or the "test" horizon), period, type.
+
+    `period`: "yearly", "quarterly" or "monthly" series alone. Raises ValueError for another."""
+    return _series("m1", period)
+
+def m3(period: str | None = None) -> "pd.DataFrame":
+    """M3 competition (Makridakis and Hibon 2000), 3,003 series; columns as `m1`, periods also "other"."""
+    return _series("m3", period)
+
+def tourism(period: str | None = None) -> "pd.DataFrame":
+    """Tourism competition (Athanasopoulos et al. 2011), 1,311 series; columns as `m1`."""
+    return _series("tourism", period)
+
+def jaspar(tax_group: str | None = None) -> "pd.DataFrame":
+    """JASPAR 2024 CORE: a row a transcription factor with matrix_id, name, tax_group, class, family, species, and counts, float64 [width, 4] over A, C, G, T.
+
+    `tax_group`: only one, as "vertebrates" or "plants". Raises ValueError for one that is not there."""
+    table = _table("jaspar")
+    if tax_group is not None:
+        _allowed("tax_group", tax_group, sorted(table.tax_group.unique()))
+        table = table[table.tax_group == tax_group].reset_index(drop=True)
+    table["counts"] = [np.asarray(c).reshape(-1, 4) for c in table.counts]
+    return table
+
+_TABULAR = ("breast_cancer", "diabetes", "iris", "wine")
+
+def tabular(name: str) -> tuple["pd.DataFrame", "pd.Series"]:
+    """Features and target of a table that scikit-learn packages: "breast_cancer", "iris", "wine" (classes), "diabetes" (a number). Raises ValueError for another."""
+    _allowed("name", name, _TABULAR)
+    import sklearn.datasets
+    return getattr(sklearn.datasets, f"load_{name}")(return_X_y=True, as_frame=True)
+
+# %% ../nbs/datasets.ipynb #9bf476c0
+_LOADERS = {"breast_cancer": lambda: tabular("breast_cancer"), "debian": debian, "debian_depends": debian_depends, "diabetes": lambda: tabular("diabetes"), "digits": digits,
+            **{f"emoji_{v}": (lambda v=v: emoji(v)) for v in ("google", "openmoji", "twitter")}, "english": english, "fashion_mnist": fashion_mnist, "gcide": gcide, "iris": lambda: tabular("iris"),
+            "jaspar": jaspar, "m1": m1, "m3": m3, "manpages": manpages, "tourism": tourism, "wine": lambda: tabular("wine"), "wordnet": wordnet}
+
+def names() -> list[str]:
+    """Names of all data sets that `load` takes."""
+    return sorted(_LOADERS)
+
+def load(name: str) -> Any:
+    """The data set `name` as its own function gives it by default. Raises ValueError listing the names for an unknown one."""
+    if name not in _LOADERS:
+        from difflib import get_close_matches
+        near = get_close_matches(str(name), names(), n=1)
+        raise ValueError(f"unknown data set {name!r}" + (f"; did you mean {near[0]!r}?" if near else "") + f" Known are {', '.join(names())}")
+    return _LOADERS[name]()

@@ -5,6 +5,7 @@ __all__ = ['SparsitySchedule', 'average_parameters', 'GradualMagnitudePruner']
 
 # %% ../../nbs/compress/avgparams.ipynb #f65cb0cd
 import math
+from bisect import bisect_right
 from typing import Any, Callable, Mapping, Sequence
 
 import numpy as np
@@ -52,7 +53,7 @@ class SparsitySchedule:
 
     def density(self, step: int) -> float:
         """Share of the weights that is there after `step` updates (and their pruning rounds), in (0, 1]."""
-        done = self.rounds if step >= self.round_steps[-1] else int(np.searchsorted(self.round_steps, step, side="right"))
+        done = bisect_right(self.round_steps, step)
         return self._shape(done / self.rounds, 1 - self.final_sparsity) if done else 1.0
 
     def densities(self) -> np.ndarray:
