@@ -112,6 +112,7 @@ class GradualMagnitudePruner:
         if scope not in ("uniform", "global"): raise ValueError(f"scope is {scope!r}; allowed are 'uniform' and 'global'")
         self.masks, self.schedule, self.scope, self.updates = Masks(model, targets), schedule, scope, 0
         self.history: list[list[int]] = []
+        self._asked = 1.0  # density of the last round; that of the masks is a whole number of weights near it
         self.step(0)
 
     @property
@@ -127,7 +128,9 @@ class GradualMagnitudePruner:
     def step(self, t: int) -> int:
         """Prune to the schedule's density after `t` updates; returns how many weights were removed (0 between the rounds)."""
         density = self.schedule.density(t)
-        return self.masks.prune(density, self.scope) if density < self.masks.density else 0
+        if density >= self._asked: return 0
+        self._asked = density
+        return self.masks.prune(density, self.scope)
 
     def after_backward(self, *_: Any) -> None:
         """Mask the gradients. Call it before they are clipped. Arguments (those that `fit` gives) are ignored."""
@@ -159,6 +162,7 @@ class GradualMagnitudePruner:
             if state[name] != mine: raise ValueError(f"state was made with {name} {state[name]}, this pruner has {mine}; a run goes on with the one it started with")
         self.masks.load_state_dict(state["masks"])
         self.history, self.updates = [list(h) for h in state["history"]], int(state["updates"])
+        self._asked = min(1.0, self.schedule.density(self.updates))
 
 
 class _AfterStep:

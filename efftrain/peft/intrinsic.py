@@ -6,12 +6,12 @@
 __all__ = ['layer_of', 'IntrinsicModel', 'd90']
 
 # %% ../../nbs/peft/intrinsic.ipynb #c60a32ca
+import hashlib
 import json
 import math
 import os
-import re
 from pathlib import Path
-from typing import Any, Sequence
+from typing import Any, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,22 @@ def layer_of(name: str) -> str:
 
 
 _METHODS = ("said", "did")
+
+
+def _digest(parts: Iterable[bytes]) -> str:
+    h = hashlib.sha256()
+    for part in parts: h.update(part)
+    return h.hexdigest()[:16]
+
+
+def _shapes(model: nn.Module, names: Sequence[str]) -> str:
+    """Fingerprint of the names and shapes of parameters."""
+    return _digest(f"{n}{tuple(model.get_parameter(n).shape)}".encode() for n in names)
+
+
+def _fingerprint(model: nn.Module, names: Sequence[str]) -> str:
+    """Fingerprint of the values of parameters."""
+    return _digest(memoryview(model.get_parameter(n).detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()) for n in names)
 
 # %% ../../nbs/peft/intrinsic.ipynb #757e2805
 class IntrinsicModel(nn.Module):
@@ -64,7 +80,7 @@ class IntrinsicModel(nn.Module):
         self.lambdas = nn.Parameter(torch.ones(m, dtype=dtype, device=device)) if m else None
         self.model = model.requires_grad_(False)  # last: nothing has happened to it when an argument was wrong
         self._group = [order[g] for g in groups]
-        self._kept: tuple[Any, dict[str, Tensor]] | None = None
+        self._kept: tuple[list, list, dict[str, Tensor]] | None = None
 
     def weights(self) -> dict[str, Tensor]:
         """The moved weights by name, with a graph to `theta` and `lambdas` when gradients are enabled."""
@@ -74,14 +90,17 @@ class IntrinsicModel(nn.Module):
         return {n: start[n] + self.lambdas[g] * s.view(shape) for n, s, shape, g in zip(self.names, step, self.shapes, self._group)}
 
     def _current(self) -> dict[str, Tensor]:
-        if torch.is_grad_enabled(): return self.weights()
-        state = tuple((id(t), t._version, t.device) for t in (self.theta, self.lambdas) if t is not None)
-        if self._kept is None or self._kept[0] != state: self._kept = state, self.weights()
-        return self._kept[1]
+        """The moved weights; without gradients those of the last call, as long as nothing has changed."""
+        if torch.is_grad_enabled(): self._kept = None; return self.weights()
+        start, learned = [(p.data_ptr(), p._version) for p in self.model.parameters()], list(self.trainable().values())
+        if self._kept is None or self._kept[0] != start or any(a.device != b.device or not torch.equal(a, b) for a, b in zip(self._kept[1], learned)):
+            self._kept = start, [t.clone() for t in learned], self.weights()
+        return self._kept[2]
+
+    def __getstate__(self) -> dict[str, Any]: return {**self.__dict__, "_kept": None}  # copies and pickles do without
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """`model` at the moved weights."""
-        if torch.is_grad_enabled(): self._kept = None
         return torch.func.functional_call(self.model, self._current(), args, kwargs)
 
     @torch.no_grad()
@@ -102,24 +121,35 @@ class IntrinsicModel(nn.Module):
         """Write seed, settings and the d learned numbers (a few kB) to `path` (safetensors), whole or not at all."""
         from safetensors.torch import save_file
         path = Path(path)
-        settings = dict(d=self.d, method=self.method, projection=self.kind, seed=self.seed, layers=self.layers, D=self.D)
-        temporary = path.with_name(f".{path.name}.tmp")
-        save_file({k: v.contiguous().cpu() for k, v in self.trainable().items()}, temporary, metadata={"intrinsic": json.dumps(settings)})
-        os.replace(temporary, path)
+        settings = dict(d=self.d, method=self.method, projection=self.kind, seed=self.seed, layers=self.layers)
+        facts = dict(D=self.D, shapes=_shapes(self.model, self.names), start=_fingerprint(self.model, self.names))
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            save_file({k: v.contiguous().cpu() for k, v in self.trainable().items()}, temporary, metadata={"intrinsic": json.dumps({"settings": settings, "facts": facts})})
+            os.replace(temporary, path)
+        finally: temporary.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | Path, model: nn.Module) -> "IntrinsicModel":
-        """The adapted model saved at `path`, on top of `model`, which must be as it was before adaptation. Raises ValueError for a file of another kind or a model of another size."""
-        from safetensors import safe_open
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            if "intrinsic" not in metadata: raise ValueError(f"{path} was not written by IntrinsicModel.save")
-            settings, tensors = json.loads(metadata["intrinsic"]), {k: file.get_tensor(k) for k in file.keys()}
-        D = settings.pop("D")
-        there = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        if there != D: raise ValueError(f"{path} was made for a model with {D} trainable parameters; this one has {there}")
+        """The adapted model saved at `path`, on top of `model`, which must be as it was before adaptation: a new classification layer too, drawn with the same seed.
+
+        Raises ValueError for a file of another kind or a damaged one, a model with other parameters, or one whose weights are not those that were adapted.
+        """
+        from safetensors import SafetensorError, safe_open
+        try:
+            with safe_open(path, framework="pt") as file: metadata, tensors = file.metadata() or {}, {k: file.get_tensor(k) for k in file.keys()}
+        except SafetensorError as error: raise ValueError(f"{path} is damaged or no safetensors file ({error})") from error
+        if "intrinsic" not in metadata: raise ValueError(f"{path} was not written by IntrinsicModel.save")
+        settings, facts = (json.loads(metadata["intrinsic"])[k] for k in ("settings", "facts"))
+        names = [n for n, p in model.named_parameters() if p.requires_grad]
+        there = sum(model.get_parameter(n).numel() for n in names)
+        if there != facts["D"]: raise ValueError(f"{path} was made for a model with {facts['D']} trainable parameters; this one has {there}")
+        if _shapes(model, names) != facts["shapes"]: raise ValueError(f"{path} was made for a model with other parameters (names or shapes), {facts['D']} in number as well")
+        if _fingerprint(model, names) != facts["start"]:
+            raise ValueError(f"{path} was learned on top of other weights; model must hold the very ones (same pretrained weights and dtype, a new layer drawn with the same seed)")
         out = cls(model, **settings)
-        for name, value in tensors.items(): getattr(out, name).data.copy_(value)
+        with torch.no_grad():
+            for name, value in tensors.items(): getattr(out, name).copy_(value)
         return out
 
 # %% ../../nbs/peft/intrinsic.ipynb #a0000894
@@ -149,6 +179,7 @@ def d90(results: "pandas.DataFrame", full_score: float | Sequence[float], share:
     if not 0 < share <= 1: raise ValueError(f"share is {share!r}; it must lie in (0, 1]")
     full = np.atleast_1d(np.asarray(full_score, float))
     if not len(full) or not (full > 0).all(): raise ValueError(f"full_score is {full_score!r}; it must be positive")
+    if (twice := results.duplicated(["d", "seed"])).any(): raise ValueError(f"results has several scores for d = {results.loc[twice, 'd'].iloc[0]} and seed {results.loc[twice, 'seed'].iloc[0]}; one is needed")
     table = results.pivot_table(index="d", columns="seed", values="score").sort_index()
     if table.isna().any(axis=None): raise ValueError(f"results lacks scores for some seeds at d = {table.index[table.isna().any(axis=1)].tolist()}; every d needs the same seeds")
     d, scores, rng = table.index.to_numpy(float), table.to_numpy(), np.random.default_rng(seed)

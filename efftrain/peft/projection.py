@@ -57,6 +57,10 @@ def _check_sizes(d: int, D: int) -> None:
     if d > D: raise ValueError(f"d is {d}, more than the D = {D} numbers to be reached; it must lie in [1, {D}]")
 
 
+def _check_input(x: Tensor, d: int) -> None:
+    if x.shape != (d,): raise ValueError(f"x has shape {tuple(x.shape)}; it must be ({d},)")
+
+
 class _Apply(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, projection: Any) -> Tensor:
@@ -97,8 +101,8 @@ class Fastfood(nn.Module):
         return zip(*(t.split(max(_CHUNK // self.n, 1)) for t in tensors))
 
     def forward(self, x: Tensor) -> Tensor:
-        """P x (D,) for `x` (d,)."""
-        if x.shape != (self.d,): raise ValueError(f"x has shape {tuple(x.shape)}; it must be ({self.d},)")
+        """P x (D,) for `x` (d,). Raises ValueError for another shape."""
+        _check_input(x, self.d)
         return _Apply.apply(x, self)
 
     def times(self, x: Tensor) -> Tensor:
@@ -131,7 +135,8 @@ class Dense(nn.Module):
         self.register_buffer("matrix", torch.linalg.qr(matrix).Q.to(dtype), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """P x (D,) for `x` (d,)."""
+        """P x (D,) for `x` (d,). Raises ValueError for another shape."""
+        _check_input(x, self.d)
         return self.matrix @ x
 
 
@@ -147,7 +152,8 @@ class Sparse(nn.Module):
         self.register_buffer("values", (torch.randint(0, 2, (d, self.k), generator=generator) * 2 - 1).to(dtype) / math.sqrt(self.k), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """P x (D,) for `x` (d,)."""
+        """P x (D,) for `x` (d,). Raises ValueError for another shape."""
+        _check_input(x, self.d)
         return torch.zeros(self.D, dtype=self.values.dtype, device=self.values.device).index_add(0, self.rows.flatten(), (x[:, None] * self.values).flatten())
 
 
