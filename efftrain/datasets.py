@@ -272,25 +272,53 @@ def wordnet() -> "pd.DataFrame":
     return _table("wordnet")
 
 # %% ../nbs/datasets.ipynb #4fd9c9a6
-_TASKS = {"utils-devel": ("utils", "devel"), "utils-net": ("utils", "net"), "libs-devel": ("libs", "devel"), "golang-devel": ("golang", "devel"), "noun-verb": ("noun", "verb")}
+_TASKS = {"utils-devel": ("utils", "devel"), "utils-net": ("utils", "net"), "libs-devel": ("libs", "devel"), "golang-devel": ("golang", "devel"),
+          "noun-verb": ("noun", "verb"), "gcide-wordnet": ("gcide", "wordnet"), "da-nb": ("da", "nb")}
+
+def _definitions() -> "pd.DataFrame":
+    "Every fourth headword of both dictionaries with the first clause of its definitions, without what betrays the dictionary: sense numbers, brackets, authors, capitals, full stops."
+    import pandas as pd
+    old, new = gcide(), wordnet()
+    table = pd.concat([pd.DataFrame({"kind": "gcide", "group": old.word, "text": old.text}), pd.DataFrame({"kind": "wordnet", "group": new.words.str.split("; ").str[0], "text": new.gloss})])
+    table["group"] = table.group.str.casefold()
+    table = table[table.group.isin(np.sort(table.group.unique())[::4])]
+    text = table.text.str[:400].str.replace(r"^(\W*\d+\.)+|\([^)]*\)|\[[^\]]*\]|--.*", "", regex=True).str.split(r"[;:\n]", n=1, regex=True).str[0].str.lower().str.strip(" .,")
+    return table.assign(text=text)[text.str.len() <= 200]
+
+@functools.lru_cache(maxsize=2)
+def _examples(task: str) -> "pd.DataFrame":
+    "All texts of a task with their kind and their group, which is not to be divided."
+    import pandas as pd
+    if task == "noun-verb": return wordnet().rename(columns={"pos": "kind", "gloss": "text", "synset": "group"})
+    if task == "gcide-wordnet": table = _definitions()
+    elif task == "da-nb":
+        table = manpages().rename(columns={"lang": "kind", "name": "group"}).query("kind in ('da', 'nb')")
+        table = table.assign(text=table.text.str.split("\n")).explode("text").assign(text=lambda t: t.text.str.strip())
+        table = table[table.text.str.len().between(40, 300) & ~table.text.str.contains(r"\b(?:the|of|is)\b")]          # not translated
+    else:
+        table = debian().rename(columns={"section": "kind", "source": "group"})
+        return table.assign(text=table.synopsis + ". " + table.description.str.split("\n").str[0])
+    first = table.kind == _TASKS[task][0]
+    return table[~table.text.isin(set(table.text[first]) & set(table.text[~first]))]
 
 def text_classification_tasks() -> list[str]:
-    """Names for `text_classification`: two sections of Debian by the text of their packages ("utils-devel", ...), and "noun-verb", WordNet glosses by part of speech."""
+    """Names for `text_classification`; the two parts of a name are label 0 and label 1.
+
+    Two sections of Debian by the text of their packages: "utils-devel", "utils-net", "libs-devel", "golang-devel". "noun-verb": WordNet glosses by part of speech.
+    "gcide-wordnet": an old definition or a modern one, lower-cased first clause. "da-nb": lines of manual pages, Danish or Norwegian."""
     return list(_TASKS)
 
 def text_classification(task: str = "utils-devel", n_train: int = 1000, n_valid: int = 500, seed: int = 0) -> tuple["pd.DataFrame", "pd.DataFrame"]:
     """Training and validation tables with columns text and label (0 or 1), balanced and shuffled; the same for the same arguments.
 
-    `task` is one of `text_classification_tasks()`; `n_train` and `n_valid` are even numbers of rows. The validation part does not depend on `n_train`, and no source package is in both parts.
-    Raises ValueError for an unknown task, odd or non-positive sizes, or more rows than there are."""
+    `task` is one of `text_classification_tasks()`; `n_train` and `n_valid` are even numbers of rows. The validation part does not depend on `n_train`, and no group (source package, synset, headword, manual page) is in both parts.
+    Raises ValueError for an unknown task, odd or non-positive sizes, a negative seed, or more rows than there are."""
     import pandas as pd
     _allowed("task", task, text_classification_tasks())
     for name, n in (("n_train", n_train), ("n_valid", n_valid)):
         if isinstance(n, bool) or not isinstance(n, (int, np.integer)) or n < 2 or n % 2: raise ValueError(f"{name}={n!r} is not allowed; it must be an even number of at least 2")
-    if task == "noun-verb": table = wordnet().rename(columns={"pos": "kind", "gloss": "text", "synset": "group"})
-    else:
-        table = debian().rename(columns={"section": "kind", "source": "group"})
-        table["text"] = table.synopsis + ". " + table.description.str.split("\n").str[0]
+    if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or seed < 0: raise ValueError(f"seed={seed!r} is not allowed; it must be a non-negative integer")
+    table = _examples(task)
     table = table[table.kind.isin(_TASKS[task]) & (table.text.str.len() >= 20)].drop_duplicates("text")
     table = table.assign(label=(table.kind == _TASKS[task][1]).astype(np.int64))
     groups = np.sort(table.group.unique())
@@ -353,18 +381,18 @@ def tabular(name: str) -> tuple["pd.DataFrame", "pd.Series"]:
     return getattr(sklearn.datasets, f"load_{name}")(return_X_y=True, as_frame=True)
 
 # %% ../nbs/datasets.ipynb #9bf476c0
-_LOADERS = {"breast_cancer": lambda: tabular("breast_cancer"), "debian": debian, "debian_depends": debian_depends, "diabetes": lambda: tabular("diabetes"), "digits": digits,
+_LOADERS = {"breast_cancer": lambda: tabular("breast_cancer"), "debian": debian, "debian_depends": debian_depends, "diabetes": lambda: tabular("diabetes"), "digits": digits, "emoji": emoji,
             **{f"emoji_{v}": (lambda v=v: emoji(v)) for v in ("google", "openmoji", "twitter")}, "english": english, "fashion_mnist": fashion_mnist, "gcide": gcide, "iris": lambda: tabular("iris"),
             "jaspar": jaspar, "m1": m1, "m3": m3, "manpages": manpages, "tourism": tourism, "wine": lambda: tabular("wine"), "wordnet": wordnet}
 
 def names() -> list[str]:
-    """Names of all data sets that `load` takes."""
+    """Names of all data sets that `load` takes: those of data/manifest.json and those that scikit-learn packages. "emoji" is "emoji_twitter"."""
     return sorted(_LOADERS)
 
 def load(name: str) -> Any:
     """The data set `name` as its own function gives it by default. Raises ValueError listing the names for an unknown one."""
-    if name not in _LOADERS:
+    if name not in names():
         from difflib import get_close_matches
         near = get_close_matches(str(name), names(), n=1)
-        raise ValueError(f"unknown data set {name!r}" + (f"; did you mean {near[0]!r}?" if near else "") + f" Known are {', '.join(names())}")
+        raise ValueError(f"name={name!r} is no data set" + (f" (did you mean {near[0]!r}?)" if near else "") + f"; choose one of {', '.join(names())}")
     return _LOADERS[name]()

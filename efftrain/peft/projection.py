@@ -25,10 +25,11 @@ def _transform(x: Tensor) -> Tensor:
     n = x.shape[-1]
     bits = n.bit_length() - 1
     passes = max(math.ceil(bits / 6), 1)
-    y = x.reshape(-1, n)
-    for i in range(passes):
-        f = 1 << (bits * (i + 1) // passes - bits * i // passes)
-        y = (y.reshape(-1, n // f, f) @ _hadamard(f, x.dtype, x.device)).transpose(1, 2).reshape(-1, n)
+    cuts = [bits * i // passes for i in range(passes + 1)]
+    y = x
+    for low, high in zip(cuts, cuts[1:]):  # the digits of the index from `low` up to `high`
+        h = _hadamard(1 << (high - low), x.dtype, x.device)
+        y = y.reshape(-1, 1 << high) @ h if low == 0 else h @ y.reshape(-1, 1 << (high - low), 1 << low)
     return y.reshape(x.shape)
 
 
