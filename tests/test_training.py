@@ -396,6 +396,7 @@ def test_evaluation_changes_nothing():
 def test_modes_forward_and_accelerate_are_given_back():
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState, PartialState
+    AcceleratorState._reset_state(reset_partial_state=True)  # another test may have made an Accelerator of its own
     net = network()
     net[0].eval()
     before, forward = [m.training for m in net.modules()], net.forward
