@@ -7,7 +7,7 @@ __all__ = ['galore_param_groups', 'check_rank', 'GaLoreAdamW', 'GaLoreAdafactor'
 
 # %% ../../nbs/memory/galore.ipynb #e59e5687
 import math
-from typing import Any, Callable, Iterable, Sequence
+from typing import Any, Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -136,6 +136,20 @@ class _Projected:
         set_defaults(self)
 
 # %% ../../nbs/memory/galore.ipynb #c73e762b
+_BLOCK = 2**18  # elements: four such blocks of float32 fit the cache of one core
+
+
+def _together(group: dict, *columns: list) -> Iterator[tuple[list, ...]]:
+    """What is updated at once, as lists of parameters, gradients, two moments and states: everything in one launch on an accelerator; on a CPU one tensor at a time and a large one
+    in blocks of rows (not in a subspace, where an update mixes rows), so that what is read again is still in the cache and scratch memory is small."""
+    if any(p.device.type != "cpu" for p in columns[0]): yield columns; return
+    for *tensors, state in zip(*columns):
+        p = tensors[0]
+        if group.get("rank") is not None or hasattr(p, "to_local") or p.numel() <= _BLOCK: yield tuple([t] for t in (*tensors, state)); continue
+        rows = max(1, _BLOCK * len(p) // p.numel())
+        for block in zip(*(t.split(rows) for t in tensors)): yield tuple([t] for t in (*block, state))
+
+
 class GaLoreAdamW(_Projected, Optimizer):
     """AdamW whose moments live in the subspace of the gradient, for parameter groups with a `rank` (Zhao et al. 2024, algorithm 2); plain AdamW for the others.
 
@@ -169,16 +183,17 @@ class GaLoreAdamW(_Projected, Optimizer):
                 for key in ("exp_avg", "exp_avg_sq"):
                     if key not in state: state[key] = torch.zeros_like(g)
             means, squares = [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states]
-            torch._foreach_lerp_(means, grads, 1 - beta1)
-            torch._foreach_mul_(squares, beta2)
-            torch._foreach_addcmul_(squares, grads, grads, 1 - beta2)
-            updates = torch._foreach_sqrt(squares)
-            torch._foreach_add_(updates, group["eps"])
-            torch._foreach_reciprocal_(updates)
-            torch._foreach_mul_(updates, means)
-            for p, update, state in zip(params, updates, states):
-                size = lr * math.sqrt(1 - beta2**state["step"]) / (1 - beta1**state["step"]) if group["correct_bias"] else lr
-                _apply_update(p, _back(group, state, update), -size)
+            for ps, gs, ms, vs, owners in _together(group, params, grads, means, squares, states):
+                torch._foreach_lerp_(ms, gs, 1 - beta1)
+                torch._foreach_mul_(vs, beta2)
+                torch._foreach_addcmul_(vs, gs, gs, 1 - beta2)
+                updates = torch._foreach_sqrt(vs)
+                torch._foreach_add_(updates, group["eps"])
+                torch._foreach_reciprocal_(updates)
+                torch._foreach_mul_(updates, ms)
+                for p, update, state in zip(ps, updates, owners):
+                    size = lr * math.sqrt(1 - beta2**state["step"]) / (1 - beta1**state["step"]) if group["correct_bias"] else lr
+                    _apply_update(p, _back(group, state, update), -size)
             if group["weight_decay"]: torch._foreach_mul_([p.to_local() if hasattr(p, "to_local") else p for p in params], 1 - lr * group["weight_decay"])
         return loss
 
