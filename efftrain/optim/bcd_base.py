@@ -4,6 +4,7 @@
 
 # %% ../../nbs/optim/bcd_base.ipynb #898779ad
 from __future__ import annotations
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -119,7 +120,7 @@ class Step:
     extra: Any = None
 
 
-class Problem:
+class Problem(ABC):
     """A smooth convex function of n variables, told in the terms that block coordinate descent needs.
 
     - `start(x)` -> State; `value(state)`; `gradient(state, block=None)`; `hessian(state, block)` (|b|, |b|).
@@ -139,8 +140,13 @@ class Problem:
         top = diagonal.max(initial=0.0)
         return np.where(diagonal > 1e-14 * top, diagonal, top if top > 0 else 1.0)
 
-    def start(self, x: np.ndarray | None = None) -> State: raise NotImplementedError
-    def value(self, state: State) -> float: raise NotImplementedError
+    @abstractmethod
+    def start(self, x: np.ndarray | None = None) -> State:
+        """State at `x` (n,), default 0."""
+
+    @abstractmethod
+    def value(self, state: State) -> float:
+        """f at the state."""
 
     def noise(self, state: State, step: Step) -> float:
         """Rounding error to expect in `change`; a line search must not ask for more."""
