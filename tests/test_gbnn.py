@@ -34,7 +34,7 @@ def scaled(load):
 WINE, CANCER, DIABETES = scaled(load_wine), scaled(load_breast_cancer), scaled(load_diabetes)
 
 
-@parametrize_with_checks([GBNNClassifier(6, 2, tol=1e-4), GBNNRegressor(6, 2, tol=1e-4), GBNNRegressor(10, 2, solver="adam", max_iter=20, early_stopping=True), GBNNRegressor(3, 2, loss="huber", step="exact", subsample=1.0)])
+@parametrize_with_checks([GBNNClassifier(6, 2, tol=1e-4), GBNNRegressor(6, 2, tol=1e-4), GBNNRegressor(10, 2, solver="adam", max_iter=20, batch_size=10, early_stopping=True), GBNNRegressor(3, 2, loss="huber", step="exact", subsample=1.0)])
 def test_scikit_learns_checks(estimator, check): check(estimator)
 
 
@@ -139,8 +139,8 @@ def test_a_block_goes_the_way_of_scikit_learns_network(activation):
     for seed in range(5):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            theirs = MLPRegressor(hidden_layer_sizes=(6,), activation=activation, alpha=0.1, solver="lbfgs", max_iter=15, random_state=seed).fit(x, y.ravel())
-        block, _ = fit_block(x, y, 6, np.random.RandomState(seed), activation, alpha=0.1, max_iter=15)
+            theirs = MLPRegressor(hidden_layer_sizes=(6,), activation=activation, alpha=0.1, solver="lbfgs", max_iter=15, tol=1e-11, random_state=seed).fit(x, y.ravel())
+        block, _ = fit_block(x, y, 6, np.random.RandomState(seed), activation, alpha=0.1, max_iter=15, tol=1e7 * np.finfo(float).eps)
         np.testing.assert_allclose(block.W, theirs.coefs_[0], atol=1e-6)
         np.testing.assert_allclose(block.output(x, activation).ravel(), theirs.predict(x), atol=1e-6)
 

@@ -242,7 +242,7 @@ def _worker(rank, world, store):
     full_grads = [torch.randn(t.shape, generator=generator) for t in full]
     for placements in ((Shard(0), Replicate()), (Shard(0), Shard(0)), (Replicate(), Replicate())):
         sharded = [distribute_tensor(t, mesh, placements) for t in full]
-        for norm in (1, 2, math.inf): torch.testing.assert_close(whole_norms(sharded, norm=norm), whole_norms(full, norm=norm), rtol=1e-6, atol=0)
+        for norm in (1, 2, math.inf): torch.testing.assert_close(whole_norms(sharded, norm=norm), whole_norms(full, norm=norm), rtol=1e-5, atol=0)
         for make in (lambda p, **f: Lamb(p, lr=0.1, clip_global_norm=1.0, **f), lambda p, **f: Lars(p, lr=0.1, norm=math.inf, **f), lambda p, **f: Lars(p, lr=3.0, form="local_rate", clip_global_norm=1.0, **f)):
             plain = [nn.Parameter(t.clone()) for t in full]; reference = make(plain)
             for flags in (dict(foreach=False), dict(foreach=True), dict(fused=True)):

@@ -223,6 +223,16 @@ def test_frozen_weights_and_hooks_are_respected():
     assert torch.equal(net[0].bias, bias) and seen == [1]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_residual_network_with_batch_norm_trains_in_its_own_dtype(dtype):
+    from efftrain.models import cnn
+    net = cnn(4, residual=True).to(dtype)
+    before = [p.detach().clone() for p in net.parameters()]
+    trainer = TPSGD(net, lr=0.05, conv_targets="channel")
+    losses = [trainer.fit_batch(torch.randn(8, 1, 12, 12, generator=torch.Generator().manual_seed(0)).to(dtype), torch.arange(8)) for _ in range(12)]
+    assert all(l.dtype == dtype for l in losses) and losses[-1] < losses[0] and all(p.dtype == dtype and not torch.equal(p, q) for p, q in zip(net.parameters(), before))
+
+
 # optimizers, rates, state
 
 def test_a_torch_sgd_for_each_stage_is_the_plain_step_and_schedules_reach_it():
@@ -320,12 +330,17 @@ class Pair(nn.Linear):
     def forward(self, x): return super().forward(x), x
 
 
+class Residual(nn.Sequential):
+    def forward(self, x): return x + super().forward(x)
+
+
 class Both(nn.Module):
     def forward(self, x): return x, x
 
 
 @pytest.mark.parametrize("call, error, text", [
     (lambda n: TPSGD(nn.Transformer(8, 2, 1, 1)), TypeError, "model is a Transformer"), (lambda n: TPSGD("net"), TypeError, "model is a str"), (lambda n: TPSGD([nn.Linear(4, 3), "tanh"]), TypeError, "stage 1 of model is a str"),
+    (lambda n: TPSGD(Residual(nn.Linear(4, 4))), TypeError, "model is a Residual"), (lambda n: TPSGD(n).fit_batch(torch.zeros(0, 4).double(), torch.zeros(0).long()), ValueError, "x holds no examples"),
     (lambda n: TPSGD([nn.LSTM(4, 3), nn.Linear(3, 2)]), TypeError, "stage 0 of model is a LSTM"), (lambda n: TPSGD(nn.Sequential(nn.Tanh())), ValueError, "no trainable weights"), (lambda n: TPSGD([Recurrent(nn.RNNCell(4, 3))]), ValueError, "last stage"),
     (lambda n: TPSGD([nn.Conv2d(1, 3, 2), nn.Flatten()]), ValueError, "classes is None"), (lambda n: TPSGD(n, lr=0), ValueError, "lr is 0"), (lambda n: TPSGD(n, lr={"linear": 0.1, "output": -1}), ValueError, r"lr\['output'\] is -1"),
     (lambda n: TPSGD(n, lr={"dense": 0.1}), ValueError, "key 'dense'"), (lambda n: TPSGD(n, lr={"linear": 0.1}), ValueError, "no 'output'"), (lambda n: TPSGD(n, projection="hadamard"), ValueError, "projection is 'hadamard'"),

@@ -100,7 +100,7 @@ class AdaGradNorm(Optimizer):
     - `scope`: what shares one sum: "all" parameter groups (the paper; `b0` is that of the first group), each "group", or each "tensor" (the norm of one parameter, between AdaGrad-Norm and AdaGrad).
     - `foreach`, `fused`: which path (see `efftrain.optim.base.choose_path`); `fused` runs one kernel made by `torch.compile` and falls back to foreach with a warning when there is no compiler.
 
-    State: b², a 0-d float64 tensor `sum` at every parameter, equal within a scope; parameters that join later start from it. Parameters without a gradient are passed over and do not count. Norms of sharded parameters (DTensor) run over all shards.
+    State: b², a float64 tensor `sum` of one element at every parameter, equal within a scope; parameters that join later start from it. Parameters without a gradient are passed over and do not count. Norms of sharded parameters (DTensor) run over all shards.
     Raises ValueError or TypeError for arguments out of range, RuntimeError for sparse or complex gradients and for `fused` on an unsupported device.
     """
 
@@ -125,11 +125,12 @@ class AdaGradNorm(Optimizer):
         """All parameters that share a sum with those of `group`."""
         return [p for g in self.param_groups if g["scope"] == "all" for p in g["params"]] if group["scope"] == "all" else group["params"]
 
+    # one dimension in the state: torch.compile takes a 0-d float64 tensor on the CPU for a constant, and its updates are lost
     def _init_group(self, group: dict, params: list, grads: list, sums: list, idle: list) -> None:
         """`idle`: sums of parameters without a gradient; they follow those of their scope."""
         known = next((self.state[p]["sum"] for p in self._members(group) if p in self.state and "sum" in self.state[p]), None) if group["scope"] != "tensor" else None
         b0 = next(g for g in self.param_groups if g["scope"] == "all")["b0"] if group["scope"] == "all" else group["b0"]
-        first = lambda p: torch.full((), b0**2, dtype=torch.float64, device=p.device) if known is None else known.to(p.device, copy=True)
+        first = lambda p: torch.full((1,), b0**2, dtype=torch.float64, device=p.device) if known is None else known.to(p.device, copy=True)
         gather(self, group, {"sum": first}, params, grads, sums)
         if group["scope"] != "tensor": idle += [self.state[p]["sum"] for p in group["params"] if p.grad is None and p in self.state and "sum" in self.state[p]]
 
@@ -162,8 +163,8 @@ class AdaGradNorm(Optimizer):
             rate = group["lr"].detach().reshape(()).to(sums[0].device, torch.float64) if isinstance(group["lr"], Tensor) else group["lr"]
             if group["maximize"] and not group["weight_decay"]: rate = -rate  # with a penalty the sign is in the directions
             if group["scope"] == "tensor":
-                for p, g, b2, s in zip(shards, directions, sums, squares): _update(path, [p], [g], rate / b2.add_(s).sqrt())
-            else: _update(path, shards, directions, rate / sums[0].sqrt())
+                for p, g, b2, s in zip(shards, directions, sums, squares): _update(path, [p], [g], rate / b2.add_(s).sqrt().reshape(()))
+            else: _update(path, shards, directions, rate / sums[0].sqrt().reshape(()))
         return loss
 
 # %% ../../nbs/optim/adadagrad.ipynb #b1148254
@@ -218,6 +219,7 @@ class BatchSizeController:
             return float(moments.coordinates.kthvalue(k).values) / limit
         if norm == 0: return math.inf if moments.variance > 0 else 0.0
         if self.test == "norm": return moments.variance / norm / limit
+        if math.isnan(moments.along): raise ValueError(f"moments has no inner products, which the test {self.test!r} needs; measure with along=True")
         inner = moments.along / norm**2 / limit
         return inner if self.test == "inner_product" else max(inner, moments.orthogonal / norm / self.orthogonality**2)
 

@@ -20,7 +20,7 @@ class GradientMoments:
 
     - `samples`: examples behind the mean, b. `squared_norm`: squared norm of the mean gradient.
     - `variance`: unbiased variance of one example's gradient, summed over all coordinates; that of the mean is `variance / samples`.
-    - `along`: variance of the inner product of one example's gradient with the mean.
+    - `along`: variance of the inner product of one example's gradient with the mean; NaN when it was not measured.
     - `coordinates`: None, or the ratio variance / squared mean of every coordinate, a 1-d tensor (infinite where only the mean is 0; 0 where both are).
     """
     samples: int
@@ -145,12 +145,13 @@ def _patches(layer: nn.Module, x: Tensor) -> Tensor:
     """What each output position of a convolution sees: (m, groups, positions, inputs of a group x kernel)."""
     pad = layer._reversed_padding_repeated_twice
     if any(pad): x = F.pad(x, pad) if layer.padding_mode == "zeros" else F.pad(x, pad, mode=layer.padding_mode)
-    n = len(layer.kernel_size)
-    for i, (size, step, gap) in enumerate(zip(layer.kernel_size, layer.stride, layer.dilation)):
-        x = x.unfold(2 + i, gap * (size - 1) + 1, step)[..., ::gap]
-    m, channels = x.shape[:2]
-    x = x.unflatten(1, (layer.groups, channels // layer.groups)).permute(0, 1, *range(3, 3 + n), 2, *range(3 + n, 3 + 2 * n))
-    return x.reshape(m, layer.groups, math.prod(x.shape[2:2 + n]), -1)
+    n, m = len(layer.kernel_size), len(x)
+    if n < 3:
+        flat = [(1,) * (2 - n) + tuple(v) for v in (layer.kernel_size, layer.dilation, layer.stride)]
+        return F.unfold(x.unsqueeze(2) if n == 1 else x, flat[0], flat[1], 0, flat[2]).unflatten(1, (layer.groups, -1)).transpose(2, 3)
+    for i, (size, step, gap) in enumerate(zip(layer.kernel_size, layer.stride, layer.dilation)): x = x.unfold(2 + i, gap * (size - 1) + 1, step)[..., ::gap]
+    x = x.unflatten(1, (layer.groups, -1)).permute(0, 1, 3, 4, 5, 2, 6, 7, 8)
+    return x.reshape(m, layer.groups, math.prod(x.shape[2:5]), -1)
 
 
 def _pairs(layer: nn.Module, x: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
@@ -181,14 +182,15 @@ def _chunk(layer: nn.Module, x: Tensor, d: Tensor, coordinates: bool) -> int:
     return max(_CHUNK // max(positions * layer.weight[0].numel(), layer.weight.numel() if coordinates else min(layer.weight.numel(), positions**2), 1), 1)
 
 
-def _layer_rows(layer: nn.Module, x: Tensor, d: Tensor, weight: Tensor | None, bias: Tensor | None, coordinates: bool) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Of one layer with mean gradients `weight` and `bias` (None: not trained): squared norms (m,), inner products (m,), sums of squares of the coordinates of each trained parameter."""
+def _layer_rows(layer: nn.Module, x: Tensor, d: Tensor, weight: Tensor | None, bias: Tensor | None, along: bool, coordinates: bool) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Of one layer with mean gradients `weight` and `bias` (None: not trained): squared norms (m,), inner products (m,) if `along`, sums of squares of the coordinates of each trained parameter."""
     positions = tuple(range(1, d.ndim - 1)) if isinstance(layer, nn.Linear) else tuple(range(2, d.ndim))
     of_bias = d.sum(positions) if positions else d
     squares, inner, single = d.new_zeros(len(d)), d.new_zeros(len(d)), []
     if weight is not None:
-        moved = F.linear(x, weight) if isinstance(layer, nn.Linear) else layer._conv_forward(x, weight, None)
-        inner = inner + torch.linalg.vecdot(moved.flatten(1), d.flatten(1))
+        if along:
+            moved = F.linear(x, weight) if isinstance(layer, nn.Linear) else layer._conv_forward(x, weight, None)
+            inner = inner + torch.linalg.vecdot(moved.flatten(1), d.flatten(1))
         parts, total = [], 0
         for xs, ds in zip(*(t.split(_chunk(layer, x, d, coordinates)) for t in (x, d))):
             pair = _pairs(layer, xs, ds)
@@ -206,18 +208,19 @@ class GradientRecorder(contextlib.AbstractContextManager):
     """Takes the moments of single examples' gradients from training's own backward pass, for models whose trained parameters all belong to Linear and Conv1d/2d/3d layers.
 
     - `model`: each layer is called once in a forward pass, with the examples in the first dimension. `limit`: at most that many rows (the first) enter the variances, None for all.
-    - `coordinates`: also the ratio of every coordinate. `process_group`: put the batches of its processes together (data-parallel training, DDP included).
+    - `along`: also the inner products with the mean, which cost another forward pass of the layers; the tests "norm" and "coordinate" do without. `coordinates`: also the ratio of every coordinate.
+    - `process_group`: put the batches of its processes together (data-parallel training, DDP included).
 
     Use: `loss(model, batch).backward()`, the loss being the mean over the rows, then `moments()`. Set `active = False` for passes that need none; passes without gradients are never recorded. `close()`, or leaving a
     `with` block, removes the hooks. Memory: until `moments()`, inputs and output gradients of the layers (no more than `limit` rows).
     Raises ValueError for models with other trained parameters, weights that several layers share, and batch normalisation in training mode: `per_sample_gradients` serves the first two.
     """
 
-    def __init__(self, model: nn.Module, *, limit: int | None = None, coordinates: bool = False, process_group: Any = None) -> None:
+    def __init__(self, model: nn.Module, *, limit: int | None = None, along: bool = True, coordinates: bool = False, process_group: Any = None) -> None:
         """See the class."""
         _check_mixing(model)
         if limit is not None: _whole("limit", limit, 2)
-        self.limit, self.coordinates, self.process_group, self.active = limit, coordinates, process_group, True
+        self.limit, self.along, self.coordinates, self.process_group, self.active = limit, along, coordinates, process_group, True
         self._layers, self._seen, self._gradients, self._handles = {}, {}, {}, []
         owner: dict[Tensor, str] = {}
         for name, module in model.named_modules():
@@ -281,7 +284,7 @@ class GradientRecorder(contextlib.AbstractContextManager):
         for layer, (_, x, d) in seen.items():
             weight, bias = (means.get(p) if p is not None else None for p in self._layers[layer][1:])
             wide = next((g.dtype for g in (weight, bias) if g is not None), torch.float32)
-            s, c, own = _layer_rows(layer, x.to(wide), d.to(wide) * here, weight, bias, self.coordinates)
+            s, c, own = _layer_rows(layer, x.to(wide), d.to(wide) * here, weight, bias, self.along, self.coordinates)
             squares, inner = squares + s.double(), inner + c.double()
             single += zip(own, (g for g in (weight, bias) if g is not None))
         norm = sum(g.square().sum().double() for g in means.values())
@@ -291,7 +294,7 @@ class GradientRecorder(contextlib.AbstractContextManager):
         m, total, along = sums[0].tolist()
         norm, scale = float(norm), b / (b - 1)
         ratios = torch.cat([_ratio((s / m - g.square()).clamp_(min=0) * scale, g) for s, (_, g) in zip(sums[1:], single)]) if self.coordinates else None
-        return GradientMoments(b, norm, scale * max(total / m - norm, 0.0), scale * along / m, ratios)
+        return GradientMoments(b, norm, scale * max(total / m - norm, 0.0), scale * along / m if self.along else math.nan, ratios)
 
 # %% ../../nbs/optim/adadagrad_gradients.ipynb #dd222220
 def gradient_variance(model: nn.Module, loss: Callable, batch: Any, *, method: str = "auto", limit: int | None = None, coordinates: bool = False, chunk: int | None = None, process_group: Any = None) -> GradientMoments:

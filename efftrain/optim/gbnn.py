@@ -3,6 +3,7 @@
 # %% ../../nbs/optim/gbnn.ipynb #1c505790
 from __future__ import annotations
 import copy
+import warnings
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, Iterator
 
@@ -142,7 +143,9 @@ class _GBNN(BaseEstimator):
         kinds = {"identity": nn.Identity, "logistic": nn.Sigmoid, "tanh": nn.Tanh, "relu": nn.ReLU}
         layers = []
         for w, b in zip(cut.coefs_, cut.intercepts_):
-            layer = nn.utils.skip_init(nn.Linear, *w.shape, dtype=dtype)
+            with warnings.catch_warnings():  # about layers without units, when no block is kept
+                warnings.simplefilter("ignore")
+                layer = nn.utils.skip_init(nn.Linear, *w.shape, dtype=dtype)
             with torch.no_grad():
                 layer.weight.copy_(torch.from_numpy(w.T)); layer.bias.copy_(torch.from_numpy(b))
             layers.append(layer)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from .base import check_number
-from .tpsgd import _check_choice, _stage_seed, check_labels, output_gradient, projection_matrix
+from .tpsgd import check_choice, check_labels, stage_seed, output_gradient, projection_matrix
 from .tpsgd_stages import Stage, cut, local_step
 
 # %% ../../nbs/optim/tpsgd_feedback.ipynb #a420c245
@@ -100,7 +100,7 @@ class Feedback:
                  optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.SGD, seed: int = 0):
         """See the class."""
         self.model, self.stages = model, cut(model)
-        _check_choice("loss", loss, ("ce", "mse"))
+        check_choice("loss", loss, ("ce", "mse"))
         check_number("lr", lr, 0, open_low=True)
         if rule not in RULES: raise ValueError(f"rule is {rule!r}; allowed are {', '.join(map(repr, RULES))}")
         if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0: raise ValueError(f"seed is {seed!r}; it must be a whole number of at least 0")
@@ -118,7 +118,7 @@ class Feedback:
             for s in self.stages:
                 for i, p in enumerate(p for p in s.module.parameters() if p.ndim > 1):
                     fan = p[0].numel()
-                    self._back[id(p)] = projection_matrix(p.numel(), 1, "uniform", math.sqrt(2 / fan), _stage_seed(seed, 1000 * s.index + i)).view(p.shape).to(p)
+                    self._back[id(p)] = projection_matrix(p.numel(), 1, "uniform", math.sqrt(2 / fan), stage_seed(seed, 1000 * s.index + i)).view(p.shape).to(p)
 
     @property
     def lr(self) -> float:
@@ -133,7 +133,7 @@ class Feedback:
     def _gradients_at(self, stage: Stage, h: Tensor, e: Tensor) -> Tensor:
         """B e in the shape of the stage's output."""
         units = h.shape[-1] if not stage.map else h[0].numel()
-        if stage.index not in self._back: self._back[stage.index] = projection_matrix(units, self.classes, "uniform", "kaiming", _stage_seed(self.seed, stage.index)).T.contiguous().to(h)
+        if stage.index not in self._back: self._back[stage.index] = projection_matrix(units, self.classes, "uniform", "kaiming", stage_seed(self.seed, stage.index)).T.contiguous().to(h)
         g = e @ self._back[stage.index]
         return g.view(h.shape) if stage.map or h.ndim == 2 else g[:, None].expand_as(h) / h.shape[1]
 

@@ -120,6 +120,7 @@ def cut(model: nn.Sequential | Sequence[nn.Module]) -> list[Stage]:
     """
     if isinstance(model, nn.Module) and not isinstance(model, (nn.Sequential, nn.ModuleList)) or not isinstance(model, (nn.Module, Sequence)) or isinstance(model, str):
         raise TypeError(f"model is a {type(model).__name__}; it must be an nn.Sequential or a list of stages, each an nn.Module")
+    if isinstance(model, nn.Sequential) and type(model).forward is not nn.Sequential.forward: raise TypeError(f"model is a {type(model).__name__}, an nn.Sequential with a forward of its own; it must be a plain nn.Sequential or a list of stages")
     parts = list(model)
     for i, part in enumerate(parts):
         if not isinstance(part, nn.Module): raise TypeError(f"stage {i} of model is a {type(part).__name__}; it must be an nn.Module")
