@@ -75,11 +75,13 @@ def _kernel(p: Tensor, g: Tensor, factor: Tensor) -> None:
 
 
 def _update(path: str, params: list[Tensor], grads: list[Tensor], factor: Tensor) -> None:
-    if path == "fused":
-        left = fused_update(_kernel, [params, grads], [factor], written=(0,))
-        params, grads = [params[i] for i in left], [grads[i] for i in left]
-    if path == "single": _single(params, grads, factor)
-    elif params: _foreach(params, grads, factor)
+    if path == "fused":  # a multiply-add is one kernel as it is; what is left to compile are the conversions around it
+        narrow = [i for i, p in enumerate(params) if p.dtype in (torch.bfloat16, torch.float16) or p.dtype != grads[i].dtype]
+        left = fused_update(_kernel, [[t[i] for i in narrow] for t in (params, grads)], [factor], written=(0,))
+        rest = sorted(set(range(len(params))) - set(narrow) | {narrow[i] for i in left})
+        params, grads = [params[i] for i in rest], [grads[i] for i in rest]
+    if path == "foreach" or path == "fused" and params and params[0].device.type != "cpu": _foreach(params, grads, factor)
+    else: _single(params, grads, factor)
 
 # %% ../../nbs/optim/adadagrad.ipynb #88045f64
 SCOPES = ("all", "group", "tensor")
@@ -98,7 +100,8 @@ class AdaGradNorm(Optimizer):
     - `params`: parameters, named parameters or groups, as for any torch optimizer. `lr`: a number or a tensor of one element. `b0`: root of the sum at the start, above 0; the first step has a length of at most `lr`.
     - `weight_decay`: L2 penalty, added to the gradient before its norm is taken, as in `torch.optim.Adagrad`; its strength falls with the steps. `maximize`: step uphill.
     - `scope`: what shares one sum: "all" parameter groups (the paper; `b0` is that of the first group), each "group", or each "tensor" (the norm of one parameter, between AdaGrad-Norm and AdaGrad).
-    - `foreach`, `fused`: which path (see `efftrain.optim.base.choose_path`); `fused` runs one kernel made by `torch.compile` and falls back to foreach with a warning when there is no compiler.
+    - `foreach`, `fused`: which path (see `efftrain.optim.base.choose_path`); `fused` runs kernels made by `torch.compile` for 16-bit parameters
+      and falls back with a warning when there is no compiler; in float32 and float64 the step is one kernel already.
 
     State: b², a float64 tensor `sum` of one element at every parameter, equal within a scope; parameters that join later start from it. Parameters without a gradient are passed over and do not count. Norms of sharded parameters (DTensor) run over all shards.
     Raises ValueError or TypeError for arguments out of range, RuntimeError for sparse or complex gradients and for `fused` on an unsupported device.

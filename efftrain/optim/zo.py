@@ -66,7 +66,7 @@ class ZOOptimizer(Optimizer):
         if hybrid is not None and not isinstance(hybrid, Optimizer): raise TypeError(f"hybrid is a {type(hybrid).__name__}; it must be a torch optimizer of the parameters to train by backpropagation, or None")
         if sparsity is not None and not isinstance(sparsity, Mapping): check_number("sparsity", sparsity, 0, 1, open_high=True)
         self.eps, self.queries, self.two_sided, self.method, self.block_mode, self.mask_every, self.hybrid, self.fused, self.process_group = eps, queries, two_sided, method, block_mode, mask_every, hybrid, fused, process_group
-        self.evaluations, self._slots, self._warned, self._away, self._block_of = 0, [], False, None, None
+        self.evaluations, self.last_loss, self._slots, self._warned, self._away, self._block_of, self._random = 0, math.nan, [], False, None, None, None
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay, maximize=maximize, momentum=momentum, betas=betas, adam_eps=adam_eps, seed=seed, step=0))
         self._set_sparsity(sparsity, mask)
         self._block_of = self._make_blocks(blocks)
@@ -123,6 +123,10 @@ class ZOOptimizer(Optimizer):
         if missing or len(where) != len(self._slots): raise ValueError(f"blocks hold {len(where)} parameters and miss {missing} of the {len(self._slots)} that are optimized; every one belongs to one block")
         return [where[id(s["param"])] for s in self._slots]
 
+    def __getstate__(self) -> dict[str, Any]:
+        own = {k: v for k, v in self.__dict__.items() if not (k.startswith("_optimizer_") or k in ("_zero_grad_profile_name", "_warned_capturable_if_run_uncaptured", "_patch_step_function", "_random"))}
+        return {**own, **super().__getstate__()}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         set_defaults(self)
@@ -143,7 +147,6 @@ class ZOOptimizer(Optimizer):
             amount = scale(slot["group"]) if callable(scale) else scale
             p = local_shards([slot["param"].detach()])[0]
             add_normal_(p, amount, seed, slot["stream"], start=_first(p, slot["param"]), sparsity=slot["sparsity"], mask_seed=self._mask_seed(), mask=None if slot["mask"] is None else local_shards([slot["mask"]])[0], fused=self.fused)
-            if p.data_ptr() != slot["param"].data_ptr() or hasattr(slot["param"], "to_local"): torch.autograd.graph.increment_version(slot["param"])
 
     def _move(self, block: list[dict], seed: int, amount: float) -> None:
         """Perturb, and remember it so that an exception can undo it."""
