@@ -13,6 +13,8 @@ from efftrain.optim import base
 from efftrain.optim.adadagrad import AdaGradNorm
 from efftrain.optim.adabelief import AdaBelief
 from efftrain.optim.diffgrad import DiffGrad
+from efftrain.optim.lamb import Lamb
+from efftrain.optim.lars import Lars
 from efftrain.optim.lion import Lion
 from efftrain.optim.sophia import SophiaG, SophiaH
 
@@ -36,6 +38,8 @@ CASES = {
     "adadagrad": Case(AdaGradNorm, dict(weight_decay=0.1, scope="group"), ({}, dict(scope="all", weight_decay=0.0), dict(scope="tensor"))),
     "sophia_g": Case(SophiaG, dict(weight_decay=0.1)), "sophia_h": Case(SophiaH, dict(weight_decay=0.1), ({}, dict(distribution="rademacher"))),
     "diffgrad": Case(DiffGrad, dict(weight_decay=0.1), ({}, dict(decoupled_weight_decay=True, betas=(0.8, 0.99)))),
+    "lamb": Case(Lamb, dict(weight_decay=0.1), ({}, dict(nesterov="first", phi=(0.1, 10), norm=1), dict(nesterov="both", bias_correction=False, norm=float("inf"), always_adapt=True, weight_decay=0.0, clip_global_norm=1.0), dict(state_dtype=torch.float64, clip_global_norm=0.5))),
+    "lars": Case(Lars, dict(weight_decay=0.1), ({}, dict(form="local_rate", trust_coefficient=0.1), dict(form="local_rate", trust_coefficient=0.1, nesterov=True, norm=1, clip_global_norm=1.0), dict(norm=float("inf"), phi=(0.1, 10), state_dtype=torch.float64))),
 }
 
 FLAGS = {"single": dict(foreach=False), "foreach": dict(foreach=True), "fused": dict(fused=True)}

@@ -4,7 +4,7 @@
 __all__ = ['whole_norms', 'trust_ratio', 'run_measuring', 'gradient_scales', 'check_layerwise', 'Layerwise', 'Lamb',
            'scale_for_batch', 'warmup_for_batch']
 
-# %% ../../nbs/optim/lamb.ipynb #b939e726
+# %% ../../nbs/optim/lamb.ipynb #d57840a1
 import math
 import warnings
 from typing import Any, Callable, Iterable, Sequence
@@ -17,7 +17,7 @@ from . import base
 from .base import (add_group, by_kind, check_betas, check_flag, check_lr, check_number, check_state_dtype, choose_path, evaluate, fused_update,
                                  gather, load_exactly, local_shards, scalar, set_defaults, zeros_state)
 
-# %% ../../nbs/optim/lamb.ipynb #13502e76
+# %% ../../nbs/optim/lamb.ipynb #d5eac73d
 _BLOCK = 2**16  # numbers whose squares float32 adds up to six digits
 
 
@@ -66,7 +66,7 @@ def whole_norms(tensors: Sequence[Tensor], like: Sequence[Tensor] | None = None,
 def _check_norm(norm: Any) -> None:
     if isinstance(norm, bool) or not isinstance(norm, (int, float)) or norm not in (1, 2, math.inf): raise ValueError(f"norm is {norm!r}; allowed are 1, 2 and math.inf")
 
-# %% ../../nbs/optim/lamb.ipynb #266e5585
+# %% ../../nbs/optim/lamb.ipynb #5c661a69
 def trust_ratio(weight_norms: Tensor, update_norms: Tensor, phi: tuple[float, float] | None = None) -> Tensor:
     """φ(||θ||) / ||u|| for each layer, 1 where φ(||θ||) or ||u|| is 0 (You et al. 2020, section 3).
 
@@ -75,7 +75,7 @@ def trust_ratio(weight_norms: Tensor, update_norms: Tensor, phi: tuple[float, fl
     sizes = weight_norms if phi is None else weight_norms.clamp(*phi)
     return torch.where((sizes > 0) & (update_norms > 0), sizes / update_norms, 1.0)
 
-# %% ../../nbs/optim/lamb.ipynb #92612f18
+# %% ../../nbs/optim/lamb.ipynb #73f006cb
 def _four(t: float | Tensor, beta1: float, beta2: float, bias_correction: bool, nesterov: str | None) -> tuple:
     of = lambda beta, k: 1 - beta**k if bias_correction else 1.0
     if nesterov is None: return 1 / of(beta1, t), 0.0, 1 / of(beta2, t), 0.0
@@ -91,7 +91,7 @@ def _coefficients(steps: Sequence[Tensor], *options: Any) -> list[tuple]:
     known = {t: _four(t, *options) for t in dict.fromkeys(counts)}
     return [known[t] for t in counts]
 
-# %% ../../nbs/optim/lamb.ipynb #28e1fa68
+# %% ../../nbs/optim/lamb.ipynb #d6b7a258
 def _updates(params: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor], coefficients: list[tuple], beta1: float, beta2: float, eps: float, weight_decay: float, nesterov: str | None, scale: float | Tensor) -> list[Tensor]:
     """Renew both moments and return u of each parameter; tensors of one kind. `scale` multiplies the gradients."""
     wide = torch.promote_types(torch.promote_types(exp_avgs[0].dtype, grads[0].dtype), torch.promote_types(params[0].dtype, torch.float32))
@@ -121,7 +121,7 @@ def _move(params: list[Tensor], updates: list[Tensor], sizes: Tensor) -> None:
         for p, u, size in zip(params, updates, sizes.tolist()): p.add_(u, alpha=-size)
     else: torch._foreach_sub_(params, torch._foreach_mul(updates, list(sizes.to(updates[0].dtype).unbind())))
 
-# %% ../../nbs/optim/lamb.ipynb #6c27a799
+# %% ../../nbs/optim/lamb.ipynb #082e24de
 def _adam(p: Tensor, g: Tensor, m: Tensor, v: Tensor, renew1: Tensor, renew2: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor, eps: Tensor, decay: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """Inside a kernel: renew the moments; weights and u, in float32 at least."""
     wide = torch.promote_types(torch.promote_types(p.dtype, m.dtype), torch.promote_types(g.dtype, torch.float32))
@@ -160,7 +160,7 @@ def run_measuring(kernel: Callable, tensors: Sequence[Tensor], numbers: Sequence
     torch.autograd.graph.increment_version([tensors[k] for k in written])
     return rows[0], extra, result
 
-# %% ../../nbs/optim/lamb.ipynb #cafabeb8
+# %% ../../nbs/optim/lamb.ipynb #e9d11bf6
 def _take(path: str, columns: Sequence[list], lr: float | Tensor, betas: tuple[float, float], eps: float, weight_decay: float, bias_correction: bool, nesterov: str | None, adapted: bool, phi: tuple[float, float] | None, norm: float, scale: float | Tensor) -> None:
     """One update of the parameters in `columns`: (params, grads, exp_avgs, exp_avg_sqs) as local parts, then the whole parameters, counts and stored trust ratios."""
     alone = path == "single" or (path == "fused" and all(t.device.type == "cpu" and not hasattr(t, "to_local") for t in columns[4]))
@@ -232,7 +232,7 @@ def _check(group: dict[str, Any]) -> None:
     check_flag("bias_correction", group["bias_correction"], none=False)
     if group["nesterov"] not in (None, "first", "both"): raise ValueError(f"nesterov is {group['nesterov']!r}; allowed are None, 'first' (N-LAMB) and 'both' (NN-LAMB)")
 
-# %% ../../nbs/optim/lamb.ipynb #67b7ef37
+# %% ../../nbs/optim/lamb.ipynb #b9022223
 class Layerwise(Optimizer):
     """What LAMB and LARS have in common beside their rules: checkpoints bit for bit and a report of trust ratios."""
 
@@ -302,7 +302,7 @@ class Lamb(Layerwise):
                   **{k: group[k] for k in ("lr", "betas", "eps", "weight_decay", "bias_correction", "nesterov", "phi", "norm")})
         return loss
 
-# %% ../../nbs/optim/lamb.ipynb #b13ab168
+# %% ../../nbs/optim/lamb.ipynb #4d8dd4cd
 def scale_for_batch(lr: float, base_batch: int, batch: int, *, rule: str = "sqrt") -> float:
     """The learning rate for `batch` from the rate `lr` that was tuned at `base_batch`: times the square root of their ratio (You et al. 2020, section 4.1), or times the ratio with `rule` "linear" (SGD's usual rule).
 

@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['Lars']
 
-# %% ../../nbs/optim/lars.ipynb #6f927642
+# %% ../../nbs/optim/lars.ipynb #58f3f472
 from typing import Any, Callable, Iterable
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from .base import add_group, by_kind, check_flag, check_number, choose_path, evaluate, fused_update, gather, local_shards, scalar, zeros_state
 from .lamb import Layerwise, _move, _norm_powers, _norms_from, check_layerwise, gradient_scales, run_measuring, trust_ratio, whole_norms
 
-# %% ../../nbs/optim/lars.ipynb #7d213063
+# %% ../../nbs/optim/lars.ipynb #fde0b5f7
 def _momenta(params: list[Tensor], grads: list[Tensor], buffers: list[Tensor], rates: list | None, momentum: float, weight_decay: float, scale: float | Tensor, nesterov: bool) -> list[Tensor]:
     """Renew the momenta and return the direction of each parameter; tensors of one kind. With `rates` (one a parameter) gradients are multiplied by them and added, without they are averaged."""
     wide = torch.promote_types(torch.promote_types(buffers[0].dtype, grads[0].dtype), torch.promote_types(params[0].dtype, torch.float32))
@@ -30,7 +30,7 @@ def _momenta(params: list[Tensor], grads: list[Tensor], buffers: list[Tensor], r
     if new[0] is not stored[0]: torch._foreach_copy_(stored, new)
     return torch._foreach_add(changes, new, alpha=momentum) if nesterov else new
 
-# %% ../../nbs/optim/lars.ipynb #4c9e313f
+# %% ../../nbs/optim/lars.ipynb #8ca06250
 def _change(p: Tensor, g: Tensor, b: Tensor, decay: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     wide = torch.promote_types(torch.promote_types(p.dtype, b.dtype), torch.promote_types(g.dtype, torch.float32))
     weight = p.to(wide)
@@ -51,7 +51,7 @@ def _local_kernel(p: Tensor, g: Tensor, b: Tensor, lr: Tensor, rate: Tensor, mom
     b.copy_(new)
     p.copy_(weight - lr.to(weight.dtype) * torch.where(along > 0, change + momentum * new, new))
 
-# %% ../../nbs/optim/lars.ipynb #cc905c30
+# %% ../../nbs/optim/lars.ipynb #410cb4f2
 def _take_unit(path: str, columns: list[list], lr: float | Tensor, momentum: float, weight_decay: float, phi: tuple[float, float] | None, norm: float, scale: float | Tensor, adapted: bool) -> None:
     """One update in the form of 2020; columns: params, grads, momenta, whole parameters, trust ratios."""
     alone = path == "single" or (path == "fused" and all(t.device.type == "cpu" and not hasattr(t, "to_local") for t in columns[3]))
