@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .base import add_group, by_kind, check_flag, check_number, choose_path, evaluate, fused_update, gather, local_shards, scalar, zeros_state
-from .lamb import Layerwise, _move, _norm_powers, _norms_from, check_layerwise, gradient_scales, run_measuring, trust_ratio, whole_norms
+from .lamb import Layerwise, _move, _norm_powers, _norms_from, check_layerwise, gradient_scales, in_memory_of_this_process, measured_ratio, run_measuring, trust_ratio, whole_norms
 
 # %% ../../nbs/optim/lars.ipynb #fde0b5f7
 def _momenta(params: list[Tensor], grads: list[Tensor], buffers: list[Tensor], rates: list | None, momentum: float, weight_decay: float, scale: float | Tensor, nesterov: bool) -> list[Tensor]:
@@ -44,6 +44,11 @@ def _unit_kernel(p: Tensor, g: Tensor, b: Tensor, renew: Tensor, decay: Tensor, 
     return torch.stack([weight.square().sum(), new.square().sum()])
 
 
+def _squares_kernel(p: Tensor, g: Tensor) -> Tensor:
+    wide = torch.promote_types(torch.promote_types(p.dtype, g.dtype), torch.float32)
+    return torch.stack([p.to(wide).square().sum(), g.to(wide).square().sum()])
+
+
 def _local_kernel(p: Tensor, g: Tensor, b: Tensor, lr: Tensor, rate: Tensor, momentum: Tensor, along: Tensor, decay: Tensor, scale: Tensor) -> None:
     weight, change, before = _change(p, g, b, decay, scale)
     momentum, change = momentum.to(weight.dtype), rate.to(weight.dtype) * change
@@ -52,11 +57,24 @@ def _local_kernel(p: Tensor, g: Tensor, b: Tensor, lr: Tensor, rate: Tensor, mom
     p.copy_(weight - lr.to(weight.dtype) * torch.where(along > 0, change + momentum * new, new))
 
 # %% ../../nbs/optim/lars.ipynb #410cb4f2
+def _unit_row(row: tuple, numbers: list, lr: float | Tensor, phi: tuple[float, float] | None, adapted: bool) -> bool:
+    """Update one parameter on a CPU in the form of 2020; `row`: θ, g, momentum and the stored trust ratio. False where the kernel does not apply; nothing has changed then."""
+    *tensors, stored = row
+    done = run_measuring(_unit_kernel, tensors, numbers, (2,))
+    if done is None: return False
+    ratio = measured_ratio(done[2], phi) if adapted else 1.0
+    stored.fill_(ratio)
+    tensors[0].add_(tensors[2], alpha=-float(lr) * ratio)
+    return True
+
+
 def _take_unit(path: str, columns: list[list], lr: float | Tensor, momentum: float, weight_decay: float, phi: tuple[float, float] | None, norm: float, scale: float | Tensor, adapted: bool) -> None:
     """One update in the form of 2020; columns: params, grads, momenta, whole parameters, trust ratios."""
-    alone = path == "single" or (path == "fused" and all(t.device.type == "cpu" and not hasattr(t, "to_local") for t in columns[3]))
+    rows, whole_here = list(zip(*columns)), in_memory_of_this_process(columns[3])
     numbers = [scalar(x) for x in (1 - momentum, weight_decay, scale)] if path == "fused" else ()
-    for ps, gs, bs, wholes, ratios in ([tuple([x] for x in row) for row in zip(*columns)] if alone else by_kind(*columns)):
+    if path == "fused" and norm == 2 and whole_here: rows = [row for row in rows if not _unit_row((*row[:3], row[4]), numbers, lr, phi, adapted)]
+    if not rows: return
+    for ps, gs, bs, wholes, ratios in [tuple([x] for x in row) for row in rows] if path == "single" else by_kind(*zip(*rows)):
         done = [run_measuring(_unit_kernel, row, numbers, (2,)) if path == "fused" else None for row in zip(ps, gs, bs)]
         updates, left = list(bs), [i for i, d in enumerate(done) if d is None]
         if left:
@@ -69,10 +87,27 @@ def _take_unit(path: str, columns: list[list], lr: float | Tensor, momentum: flo
         _move(ps, updates, (lr.reshape(()) if isinstance(lr, Tensor) else lr) * ratio)
 
 
+def _local_row(row: tuple, lr: float | Tensor, momentum: float, weight_decay: float, phi: tuple[float, float] | None, scale: float | Tensor, adapted: bool, trust_coefficient: float, eps: float, nesterov: bool) -> bool:
+    """Update one parameter on a CPU in the form of 2017, as `_unit_row`."""
+    *tensors, stored = row
+    ratio = 1.0
+    if adapted:
+        done = run_measuring(_squares_kernel, tensors[:2], (), ())
+        if done is None: return False
+        weight, grad = (x**0.5 for x in done[2].tolist())
+        size, below = weight if phi is None else min(max(weight, phi[0]), phi[1]), grad * abs(float(scale)) + weight_decay * weight
+        if size > 0 and below > 0: ratio = trust_coefficient * size / (below + eps)
+    if fused_update(_local_kernel, [[t] for t in tensors], [lr, ratio, momentum, float(nesterov), weight_decay, scale], (0, 2)): return False
+    stored.fill_(ratio)
+    return True
+
+
 def _take_local(path: str, columns: list[list], lr: float | Tensor, momentum: float, weight_decay: float, phi: tuple[float, float] | None, norm: float, scale: float | Tensor, adapted: bool, trust_coefficient: float, eps: float, nesterov: bool) -> None:
     """One update in the form of 2017; columns as for `_take_unit`."""
-    alone = path == "single" or (path == "fused" and all(t.device.type == "cpu" and not hasattr(t, "to_local") for t in columns[3]))
-    for ps, gs, bs, wholes, ratios in ([tuple([x] for x in row) for row in zip(*columns)] if alone else by_kind(*columns)):
+    rows = list(zip(*columns))
+    if path == "fused" and norm == 2 and in_memory_of_this_process(columns[3]): rows = [row for row in rows if not _local_row((*row[:3], row[4]), lr, momentum, weight_decay, phi, scale, adapted, trust_coefficient, eps, nesterov)]
+    if not rows: return
+    for ps, gs, bs, wholes, ratios in [tuple([x] for x in row) for row in rows] if path == "single" else by_kind(*zip(*rows)):
         ratio = torch.ones(len(ps), dtype=torch.float64, device=ps[0].device)
         if adapted:
             weight_norms, grad_norms = _norms_from(torch.cat([_norm_powers(part, norm) for part in (ps, gs)]), wholes + wholes, norm).chunk(2)
