@@ -12,21 +12,21 @@ import yaml
 from efftrain.claims import KINDS, VERDICTS, verdict
 from efftrain.datasets import project_root
 from efftrain.fingerprint import fingerprint, import_closure, notebook_code
-from efftrain.pipeline import check_params, papers
+from efftrain.pipeline import check_params, figure_stages, overviews, papers
 
 ROOT = project_root()
-PAPERS = papers(ROOT)
+PAPERS, OVERVIEWS = papers(ROOT), overviews(ROOT)
 TRACKED = set(subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines())
 every_paper = pytest.mark.parametrize("id", PAPERS)
+every_figure = pytest.mark.parametrize("id", [*PAPERS, *OVERVIEWS])
 
 
 def _needed(id):
-    family = PAPERS[id]["family"]
-    return [f"nbs/{family}/{id}.ipynb", f"efftrain/{family}/{id}.py", f"nbs/figures/{id}.ipynb", f"params/{id}.yaml",
-            f"paper_figures/{id}.svg", f"paper_figures/{id}.png", f"paper_figures/{id}.json"]
+    technique = [f"nbs/{PAPERS[id]['family']}/{id}.ipynb", f"efftrain/{PAPERS[id]['family']}/{id}.py"] if id in PAPERS else []
+    return [*technique, f"nbs/figures/{id}.ipynb", f"params/{id}.yaml", f"paper_figures/{id}.svg", f"paper_figures/{id}.png", f"paper_figures/{id}.json"]
 
 
-@every_paper
+@every_figure
 def test_all_files_are_there_and_in_git(id):
     missing = [f for f in _needed(id) if not (ROOT / f).is_file()]
     assert not missing, f"paper {id} is not whole, missing: {', '.join(missing)}"
@@ -58,7 +58,7 @@ def test_technique_notebook_exports_and_tests(id):
     assert checks >= 5, f"the technique notebook of {id} has {checks} checks; each exported cell wants one that can fail"
 
 
-@every_paper
+@every_figure
 def test_parameters_fit_the_notebook(id):
     check_params(ROOT / f"nbs/figures/{id}.ipynb", ROOT / f"params/{id}.yaml")
     given = yaml.safe_load((ROOT / f"params/{id}.yaml").read_text())
@@ -67,7 +67,7 @@ def test_parameters_fit_the_notebook(id):
     assert "#| default_exp" not in notebook_code(ROOT / f"nbs/figures/{id}.ipynb"), "a figure notebook exports nothing"
 
 
-@every_paper
+@every_figure
 def test_claims_hold_what_a_reader_needs(id):
     result = json.loads((ROOT / f"paper_figures/{id}.json").read_text())
     assert result["id"] == id and result["caption"] and result["claims"]
@@ -79,34 +79,35 @@ def test_claims_hold_what_a_reader_needs(id):
         assert verdict(claim) == claim["verdict"], f"{where}: the stored verdict is {claim['verdict']!r}, its rule gives {verdict(claim)!r}"
 
 
-@every_paper
+@every_figure
 def test_fingerprint_covers_what_the_figure_imports(id):
     stored = ROOT / f"build/code/{id}.json"
     current = fingerprint(ROOT / f"nbs/figures/{id}.ipynb", ROOT)
-    assert f"efftrain.{PAPERS[id]['family']}.{id}" in current["modules"] or PAPERS[id]["needs"].startswith("sweeps/"), f"figure {id} does not use its own module"
+    if id in PAPERS: assert f"efftrain.{PAPERS[id]['family']}.{id}" in current["modules"] or PAPERS[id]["needs"].startswith("sweeps/"), f"figure {id} does not use its own module"
     closure = import_closure(notebook_code(ROOT / f"nbs/figures/{id}.ipynb"), ROOT)
     assert set(current["modules"]) == set(closure) and {"efftrain.figures", "efftrain.claims"} <= set(closure)
     if stored.exists(): assert json.loads(stored.read_text()) == current, f"build/code/{id}.json is old: figure {id} is stale, run dvc repro figure@{id}"
 
 
-@every_paper
+@every_figure
 def test_the_pipeline_knows_the_paper(id):
     stages = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
     assert f"paper_figures/{id}.json" in stages["gallery"]["deps"], f"add paper_figures/{id}.json to the gallery stage of dvc.yaml"
-    needs = PAPERS[id]["needs"]
+    needs = (PAPERS | OVERVIEWS)[id]["needs"]
     if needs.startswith("sweeps/"): assert needs.removeprefix("sweeps/").removesuffix(".parquet") in stages["sweep"]["foreach"], f"dvc.yaml has no stage that makes {needs}"
     lock = yaml.safe_load((ROOT / "dvc.lock").read_text())["stages"]
-    assert f"figure@{id}" in lock, f"figure {id} never ran in the pipeline: dvc repro figure@{id}"
+    stage = figure_stages(ROOT)[id]
+    assert stage in lock, f"figure {id} never ran in the pipeline: dvc repro {stage}"
 
 
 def test_gallery_shows_every_claim():
     rows = list(csv.DictReader((ROOT / "paper_figures/claims.csv").open()))
-    stored = {(id, c["id"], c["verdict"]) for id in PAPERS for c in json.loads((ROOT / f"paper_figures/{id}.json").read_text())["claims"]}
+    stored = {(id, c["id"], c["verdict"]) for id in [*PAPERS, *OVERVIEWS] for c in json.loads((ROOT / f"paper_figures/{id}.json").read_text())["claims"]}
     assert {(r["paper"], r["claim"], r["verdict"]) for r in rows} == stored
     page = (ROOT / "paper_figures/README.md").read_text()
-    for id in PAPERS: assert f"]({id}.png)" in page and f"make figure PAPER={id}" in page
+    for id in [*PAPERS, *OVERVIEWS]: assert f"]({id}.png)" in page and f"make figure PAPER={id}" in page
     figures = {p.stem for p in (ROOT / "paper_figures").glob("*.json")}
-    assert figures == set(PAPERS), f"paper_figures and papers.yaml differ: {figures ^ set(PAPERS)}"
+    assert figures == {*PAPERS, *OVERVIEWS}, f"paper_figures and papers.yaml differ: {figures ^ {*PAPERS, *OVERVIEWS}}"
 
 
 def test_importing_the_package_is_light():
