@@ -65,7 +65,7 @@ def project(tmp_path_factory):
     stages["stages"]["gallery"]["deps"] = [d for d in stages["stages"]["gallery"]["deps"] if not d.startswith("paper_figures")] + ["paper_figures/demo.json"]
     (root / "dvc.yaml").write_text(yaml.safe_dump(stages))
     entry = dict(title="Demo", authors="Nobody", year=2024, arxiv="2401.00001", family="optim", code="none", needs="data")
-    (root / "papers.yaml").write_text(yaml.safe_dump({"papers": {"demo": entry}}))
+    (root / "papers.yaml").write_text(yaml.safe_dump({"papers": {"demo": entry}, "overviews": {}}))
     (root / "efftrain/optim").mkdir(exist_ok=True)
     (root / "efftrain/optim/__init__.py").touch()
     (root / "efftrain/optim/demo.py").write_text('"""Prose."""\ndef value():\n    return 2.0\n')
