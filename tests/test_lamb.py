@@ -9,7 +9,7 @@ import torch
 import torch_optimizer
 from torch import nn
 
-from efftrain.optim import base
+from efftrain.optim import base, lamb, lars
 from efftrain.optim.lamb import Lamb, scale_for_batch, trust_ratio, warmup_for_batch, whole_norms
 from efftrain.optim.lars import Lars
 
@@ -301,3 +301,30 @@ def test_rules_for_the_batch():
     assert scale_for_batch(0.1, 32, 256, rule="linear") == pytest.approx(0.8) and warmup_for_batch(0.1, 32, 1024) == 0.5
     for call, text in ((lambda: scale_for_batch(0.1, 0, 8), "base_batch is 0"), (lambda: scale_for_batch(0.1, 8, -8), "batch is -8"), (lambda: scale_for_batch(0.1, 8, 8, rule="log"), "rule is 'log'"), (lambda: warmup_for_batch(2, 8, 8), "warmup is 2")):
         with pytest.raises(ValueError, match=text): call()
+
+
+@pytest.mark.parametrize("nesterov", [None, "first", "both"])
+def test_tensors_too_long_for_the_cache(nesterov, monkeypatch):
+    """A second computation of the update gives the step that a stored update gives."""
+    monkeypatch.setattr("efftrain.optim.lamb._LONG", base.SMALL)
+    called = []
+    measuring = lamb.run_measuring
+    monkeypatch.setattr(lamb, "run_measuring", lambda kernel, *rest: called.append(kernel.__name__) or measuring(kernel, *rest))
+    a, b = pair((base.SMALL + 5,), (3, 4))
+    long, plain = (Lamb(params, lr=0.05, weight_decay=0.1, nesterov=nesterov, clip_global_norm=1.0, **flag) for params, flag in ((a, dict(fused=True)), (b, dict(foreach=False))))
+    for step in range(6):
+        gradients(a, step); gradients(b, step)
+        long.step(); plain.step()
+    for p, q in zip(a, b): torch.testing.assert_close(p, q, rtol=0, atol=1e-6)
+    assert called.count("_moving_kernel" if nesterov else "_moving_kernel_without_gradient") == 6 == called.count("_sums_kernel")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(3,), (512,), (70_001,), (300, 400), (4, 16, 32, 33)])
+def test_norm_by_rows(shape, dtype):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(2)).to(dtype)
+    for y in (x, x.transpose(0, -1), x.to(memory_format=torch.channels_last) if x.ndim == 4 else x[..., ::2]):
+        assert lars._norm_by_rows(y) == pytest.approx(y.double().norm().item(), rel=5e-7)
+    constant = torch.full((2**20 + 7,), 1e-3)
+    assert lars._norm_by_rows(constant) == pytest.approx(constant.double().norm().item(), rel=5e-7)
+    assert math.isnan(lars._norm_by_rows(torch.full(shape, float("nan"), dtype=dtype)))
