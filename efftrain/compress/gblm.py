@@ -104,9 +104,9 @@ def prune(model: nn.Module, batches: Iterable | None = None, method: str = "gblm
     - `targets`: None (linear layers in the largest `nn.ModuleList`), names, or a function of (name, layer). `loss_fn`: see `gradient_norms`.
     - `gradients`, `statistics`: what `gradient_norms` and (for sequential=False) `input_statistics` returned, to share them between calls.
 
-    Works on Linear and Conv1D layers of any model with blocks, compiled or not. Needs memory for the hidden states of the calibration data, and one layer's scores. An error in the input is found before anything is changed;
-    a process that is stopped in the middle leaves the blocks up to there pruned. Das et al. 2023, algorithm 1.
-    Raises ValueError naming what is wrong: method, sparsity, a pattern that does not divide a layer's inputs, no or unequal calibration data, layers that are compressed already, a model without blocks.
+    Works on Linear and Conv1D layers of any model with blocks, compiled or not. Needs memory for the hidden states of the calibration data, and one layer's scores. An error in the arguments, the model or the losses is found before anything
+    is changed; a layer that the data do not reach, or with inputs that are not finite, is found when its block is its turn, and a process may be stopped: then the blocks up to there are pruned. Das et al. 2023, algorithm 1.
+    Raises ValueError naming what is wrong: method, sparsity, a pattern that does not divide a layer's inputs, no or unequal calibration data, inputs that are not finite, layers that are compressed already, a model without blocks.
     """
     import pandas as pd
     model = getattr(model, "_orig_mod", model)
@@ -164,14 +164,19 @@ def masks(model: nn.Module, targets: Any = None) -> Masks:
     return out
 
 
+def _place(t: Tensor) -> tuple:
+    """Equal for tensors that are one, as tied weights are; a slice that begins at the same address differs."""
+    return t.data_ptr(), t.shape, t.stride(), t.dtype
+
+
 @torch.no_grad()
 def packed_state_dict(model: nn.Module, targets: Any = None) -> dict[str, Tensor]:
     """State dict in which every matrix of `targets` (see `Masks`) with zeros is two tensors: `<name>.values` (the others, in order of memory) and `<name>.kept` (one bit a weight, uint8). Tied tensors appear once; fit for safetensors."""
-    sparse = {f"{n}.weight": m.weight.detach() for n, m in _layers(model, targets).items() if (m.weight == 0).any()}
+    sparse = {f"{n}.weight" for n, m in _layers(model, targets).items() if (m.weight == 0).any()}
     out, seen = {}, set()
     for name, value in model.state_dict().items():
-        if value.data_ptr() in seen and value.numel(): continue
-        seen.add(value.data_ptr())
+        if _place(value) in seen and value.numel(): continue
+        seen.add(_place(value))
         if name in sparse: out |= {f"{name}.values": value[value != 0], f"{name}.kept": _pack(value != 0)}
         else: out[name] = value.detach().clone()
     return out
@@ -186,8 +191,8 @@ def load_packed(model: nn.Module, state: Mapping[str, Tensor]) -> None:
         kept = _unpack(state[f"{name}.kept"], own[name].shape)
         if int(kept.sum()) != state[f"{name}.values"].numel(): raise ValueError(f"state holds {state[f'{name}.values'].numel()} values for {int(kept.sum())} weights of {name!r}")
         dense[name] = torch.zeros(own[name].shape, dtype=own[name].dtype).masked_scatter_(kept, state[f"{name}.values"].cpu().to(own[name].dtype))
-    dense |= {k: v for k, v in state.items() if not k.endswith((".kept", ".values"))}
+    dense |= {k: v for k, v in state.items() if k.removesuffix(".kept").removesuffix(".values") not in packed}
     if wrong := [k for k, v in dense.items() if k not in own or own[k].shape != v.shape]: raise ValueError(f"state holds {wrong[:4]}, which do not fit the model")
-    have = {own[k].data_ptr() for k in dense}
-    if missing := [k for k, v in own.items() if k not in dense and v.data_ptr() not in have]: raise ValueError(f"state lacks {missing[:4]}")
+    have = {_place(own[k]) for k in dense}
+    if missing := [k for k, v in own.items() if k not in dense and _place(v) not in have]: raise ValueError(f"state lacks {missing[:4]}")
     for k, v in dense.items(): own[k].copy_(v)

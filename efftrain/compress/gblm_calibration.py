@@ -64,7 +64,9 @@ class _Batch:
     def run(self, model: nn.Module) -> Any: return model(**self.inputs) if isinstance(self.inputs, dict) else model(self.inputs)
 
     def singles(self) -> Iterator["_Batch"]:
-        cut = lambda x, i: x[i:i + 1] if isinstance(x, Tensor) and x.ndim and len(x) == self.rows else x
+        def cut(x: Any, i: int) -> Any:
+            x = x[i:i + 1] if isinstance(x, Tensor) and x.ndim and len(x) == self.rows else x
+            return x.clone() if isinstance(x, Tensor) and x.is_inference() and not torch.is_inference_mode_enabled() else x
         for i in range(self.rows): yield _Batch({k: cut(v, i) for k, v in self.inputs.items()} if isinstance(self.inputs, dict) else cut(self.inputs, i), None if self.padding is None else self.padding[i:i + 1])
 
 
@@ -107,7 +109,7 @@ def _default_loss(model: nn.Module, inputs: Any) -> Tensor:
     if isinstance(inputs, dict) and "labels" in inputs: return model(**inputs).loss
     if "ForCausalLM" not in type(model).__name__ and "LMHead" not in type(model).__name__ and (not isinstance(inputs, Tensor) or inputs.is_floating_point() or hasattr(model, "config")):
         raise ValueError(f"loss_fn is None and batches has no labels; the next-token loss fits causal language models, not {type(model).__name__}: pass loss_fn(model, inputs) or labels")
-    tokens, seen = (inputs["input_ids"], inputs.get("attention_mask")) if isinstance(inputs, dict) else (inputs, None)
+    tokens, seen = (inputs["input_ids"].long(), inputs.get("attention_mask")) if isinstance(inputs, dict) else (inputs.long(), None)
     out = model(**inputs) if isinstance(inputs, dict) else model(inputs)
     following = tokens[:, 1:] if seen is None else tokens[:, 1:].masked_fill(seen[:, 1:] == 0, -100)
     return nn.functional.cross_entropy(getattr(out, "logits", out)[:, :-1].flatten(0, 1).float(), following.flatten(), ignore_index=-100)
@@ -129,7 +131,10 @@ def gradient_norms(model: nn.Module, batches: Iterable, p: int = 2, *, targets: 
     return _gradient_norms(model, _batches(batches, model), p, layers, loss_fn or _default_loss)
 
 
+@torch.inference_mode(False)  # the caller may prune under inference_mode
 def _gradient_norms(model: nn.Module, batches: Sequence[_Batch], p: int, layers: dict[str, nn.Module], loss_fn: Callable) -> dict[str, Tensor]:
+    for n, m in layers.items():
+        if m.weight.is_inference(): raise ValueError(f"layer {n!r} was made or loaded under torch.inference_mode, so it has no gradients; make the model outside of it")
     totals = {n: torch.zeros_like(m.weight, dtype=torch.float64 if m.weight.dtype == torch.float64 else torch.float32, requires_grad=False) for n, m in layers.items()}
     before, seen = [(q, q.requires_grad, q.grad) for q in model.parameters()], set()
 
@@ -208,6 +213,7 @@ def _recording(layers: Mapping[str, nn.Module], statistics: Mapping[str, InputSt
 
 def _check_reached(statistics: Mapping[str, InputStatistics]) -> None:
     if unseen := [n for n, s in statistics.items() if not len(s.sample)]: raise ValueError(f"layers {unseen} got no input from the calibration data; use more of it, or leave them out of targets")
+    if wrong := [n for n, s in statistics.items() if not torch.isfinite(s.squares).all()]: raise ValueError(f"layers {wrong} got inputs that are not finite, or too large to square, from the calibration data; scores would mean nothing")
 
 
 def _new_statistics(layers: Mapping[str, nn.Module], gram: bool) -> dict[str, InputStatistics]:
