@@ -340,6 +340,57 @@ def test_saved_and_loaded(tmp_path):
     assert same(before, state(other)) and same(state(model), state(again))
 
 
+def test_results_are_usable_as_torch_sparse_tensors():
+    """Without this package: CSR products, and the storage of sparse tensor cores (values of half the size and metadata), there and back."""
+    from torch.sparse._semi_structured_conversions import sparse_semi_structured_from_dense_cutlass, sparse_semi_structured_to_dense_cutlass
+    model = network(layers=1, dim=64); prune(model, [tokens()], "gblm", "2:4")
+    stored = 0
+    for m in prunable_layers(model).values():
+        w, x = m.weight.detach(), torch.randn(m.in_features, 3)
+        torch.testing.assert_close(w.to_sparse_csr() @ x, w @ x)
+        if len(w) % 32 or w.shape[1] % 64: continue  # what the format allows for 16-bit numbers
+        values, places = sparse_semi_structured_from_dense_cutlass(w.half())
+        assert values.numel() == w.numel() // 2 and torch.equal(sparse_semi_structured_to_dense_cutlass(values, places), w.half())
+        stored += 1
+    assert stored >= 4
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_under_inference_mode_and_with_narrow_integers(method):
+    model, twin = network(), network()
+    prune(twin, [tokens()], method, 0.5)
+    with torch.inference_mode(): prune(model, [tokens().int()], method, 0.5)  # the batch is an inference tensor
+    assert same(state(model), state(twin)) and not any(p.is_inference() for p in model.parameters())
+    with torch.inference_mode(): made = network()
+    if method in ("gblm", "gradient"):
+        with pytest.raises(ValueError, match="q_proj.*inference_mode"): prune(made, [tokens()], method, 0.5)
+
+
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
+@pytest.mark.parametrize("sequential", [True, False])
+def test_inputs_that_are_not_finite_are_refused_by_name(method, sequential):
+    model = network()
+    with torch.no_grad(): model.model.layers[0].mlp.up_proj.weight.mul_(1e22); model.model.layers[0].mlp.gate_proj.weight.mul_(1e22)  # products overflow when squared
+    with pytest.raises(ValueError, match="layers.0.mlp.down_proj.*not finite"): prune(model, [tokens()], method, 0.5, sequential=sequential)
+    assert sequential or all((m.weight != 0).all() for m in prunable_layers(model).values())
+
+
+def test_packed_states_hold_views_and_odd_names():
+    class Odd(nn.Module):
+        """A buffer that is the beginning of a weight, and parameters named as the packed format names its parts."""
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList([nn.Linear(8, 8, bias=False)])
+            self.values = nn.Parameter(torch.randn(3)); self.kept = nn.Parameter(torch.randn(2)); self.inner = nn.Module(); self.inner.values = nn.Parameter(torch.randn(2))
+            self.register_buffer("zfirst", self.layers[0].weight.detach()[:2])
+        def forward(self, x): return self.layers[0](x)
+    model, again = Odd(), Odd()
+    prune(model, [torch.randn(9, 8)], "wanda", 0.5)
+    again.zfirst = torch.zeros(2, 8)
+    load_packed(again, packed_state_dict(model))
+    assert same(state(model), state(again))
+
+
 # wrong input
 
 class Twice(nn.Module):
