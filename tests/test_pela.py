@@ -8,6 +8,7 @@ import torch
 from scipy.sparse.linalg import svds
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import prune as torch_prune
 
 from efftrain.compress.low_rank import LowRankConv2d, LowRankLinear, layer_weight, low_rank_layers, rank_cost, ratio_rank
 from efftrain.compress.pela import PELALoss, factorable_layers, largest_drift, load_low_rank, low_rank_factorize, pela_recover
@@ -74,6 +75,16 @@ def test_reports_operations_of_torchs_counter():
     assert before - linear(teacher) == after - linear(student) and after < before
     row = report.iloc[0]
     assert row.bytes_before == 4 * row.weights_before and row.bytes_after == 4 * row.weights_after == sum(p.untyped_storage().nbytes() for p in student.get_submodule(row.layer).parameters())
+
+
+def test_counting_operations_leaves_the_model_as_it_was():
+    """Averages of normalisation layers, random numbers (dropout) and modes, of the original and of the factored copy."""
+    net = nn.Sequential(nn.Linear(16, 40), nn.BatchNorm1d(40), nn.Dropout(0.5), nn.Linear(40, 20))
+    before = copy.deepcopy(net.state_dict())
+    torch.manual_seed(1); low_rank_factorize(net, 2.0); random = torch.get_rng_state(); torch.manual_seed(1)
+    small, report = low_rank_factorize(net, 2.0, inputs=3 + torch.randn(4, 16, generator=torch.Generator().manual_seed(0)))
+    for model in (net, small): assert torch.equal(model[1].running_mean, before["1.running_mean"]) and model[1].num_batches_tracked == 0 and all(m.training for m in model.modules())
+    assert torch.equal(random, torch.get_rng_state()) and report.attrs["flops_after"] < report.attrs["flops_before"]
 
 
 def test_loss_is_the_formula_written_out():
@@ -161,6 +172,17 @@ def test_saves_and_loads_the_hugging_face_way(tmp_path):
     with pytest.raises(ValueError, match="low_rank"): load_low_rank(type(student), tmp_path / "dense")
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_loaded_model_keeps_its_dtype(tied, tmp_path):
+    student, _ = low_rank_factorize(llama(32, 1, tied=tied).bfloat16(), 2.0)
+    student.save_pretrained(tmp_path)
+    loaded = load_low_rank(type(student), tmp_path)
+    assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16} and torch.equal(loaded(IDS).logits, student.eval()(IDS).logits)
+    assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == tied
+    lm_loss(loaded, IDS).backward()
+    assert all(p.grad is not None for p in loaded.parameters())
+
+
 def test_other_models_merge_copy_compile_and_autocast():
     model = vit(32, 2)
     student, report = low_rank_factorize(model, 2.0, exclude=("embed", "norm", "classifier"))
@@ -199,6 +221,24 @@ def test_tied_small_and_excluded_layers_are_left_out():
     small(torch.zeros(1, 4, dtype=torch.long))
 
 
+def test_one_text_excludes_as_a_list_of_one_does():
+    model = llama(32, 1)
+    assert list(factorable_layers(model, "mlp")) == list(factorable_layers(model, ("mlp",))) and 0 < len(factorable_layers(model, "mlp")) < len(factorable_layers(model))
+
+
+def test_weights_that_are_computed_are_refused_by_name():
+    normed, pruned = mlp([16, 32, 32]), mlp([16, 32, 32])
+    nn.utils.parametrizations.weight_norm(normed[0]); torch_prune.l1_unstructured(pruned[0], "weight", 0.5)
+    for net in (normed, pruned):
+        with pytest.raises(ValueError, match="layer '0' has a weight that is computed"): low_rank_factorize(net, 2.0)
+        assert list(factorable_layers(net, exclude=("0",))) == ["2"]
+
+
+@pytest.mark.parametrize("arguments, text", [(dict(ratio="2"), "ratio is '2'"), (dict(ratio=True), "ratio is True"), (dict(energy="0.5"), "energy is '0.5'"), (dict(exclude=(3,)), "exclude is"), (dict(model="lm"), "model is a str")])
+def test_wrong_types_are_named(arguments, text):
+    with pytest.raises(TypeError, match=text): low_rank_factorize(**{"model": mlp([16, 32]), **arguments})
+
+
 @pytest.mark.parametrize("arguments, text", [(dict(ratio=1.0), "ratio is 1.0"), (dict(ratio=float("nan")), "ratio is nan"), (dict(ratio=2.0, rank=3), "ratio and rank given"), (dict(rank=16), "break-even 16.0"), (dict(rank=0), "rank 0"), (dict(rank=2.0), "rank 2.0"),
                                              (dict(energy=0.0), "energy is 0.0"), (dict(ratio=1000.0, rank=1), "ratio and rank"), (dict(exclude=("model",)), "no layer to factor"), (dict(init="zeros"), "init is 'zeros'"), (dict(mode="spatial"), "no layer to factor")])
 def test_wrong_arguments_are_named_and_nothing_changes(arguments, text):
@@ -220,6 +260,10 @@ def test_wrong_models_and_losses_are_named():
     with pytest.raises(ValueError, match="teacher has no layers"): PELALoss(mlp([4, 4]), student)
     with pytest.raises(ValueError, match=r"\(2, 12, 32\).*\(2, 12, 64\)"): PELALoss(llama(64, 2), student, perturb=0)(IDS)
     with pytest.raises(ValueError, match="all weights of the loss are 0"): PELALoss(teacher, student, feature=0, perturb=0, task=0)(IDS)
+    with pytest.raises(TypeError, match="feature is '1'"): PELALoss(teacher, student, feature="1")
+    with pytest.raises(ValueError, match="teacher is factored itself"): PELALoss(student, student)
+    with pytest.raises(ValueError, match="batch is a dict and the model's output has no loss"): PELALoss(teacher, student)(dict(input_ids=IDS))
+    assert PELALoss(teacher, student, feature=0, perturb=0)(dict(input_ids=IDS, labels=IDS))[1]["task"] > 0
     loss = PELALoss(teacher, student)
     with pytest.raises(ValueError, match="optimizer holds parameters of the teacher"): pela_recover(student, teacher, lambda s: IDS, loss, torch.optim.SGD([*student.parameters(), *teacher.parameters()], lr=0.1), 1)
     with pytest.raises(ValueError, match="no parameter of the student"): pela_recover(student, teacher, lambda s: IDS, loss, torch.optim.SGD(mlp([2, 2]).parameters(), lr=0.1), 1)

@@ -6,6 +6,7 @@ __all__ = ['factorable_layers', 'low_rank_factorize', 'largest_drift', 'PELALoss
 # %% ../../nbs/compress/pela.ipynb #ba87e26b
 import copy
 import math
+from numbers import Real
 from pathlib import Path
 from typing import Any, Callable, Iterable, Mapping, Sequence
 
@@ -19,13 +20,19 @@ from .low_rank import LowRankLinear, break_even_rank, check_mode, energy_rank, f
 def factorable_layers(model: nn.Module, exclude: Sequence[str] = ("norm", "head", "embed"), min_out: int = 10, mode: str = "channel", convolutions: bool = False) -> dict[str, nn.Module]:
     """Name -> layer that `low_rank_factorize` takes: `nn.Linear` and transformers' `Conv1D` whose name holds no text of `exclude`, with at least `min_out` outputs and an untied weight; with `convolutions` also `nn.Conv2d` in groups of 1.
 
-    Output projections inside `nn.MultiheadAttention` are left out (its kernel reads the dense weight). Source: the official `ModuleLowRank`.
+    Output projections inside `nn.MultiheadAttention` are left out (its kernel reads the dense weight). `exclude`: one text or several. Source: the official `ModuleLowRank`.
+    Raises TypeError for another kind of `model` or `exclude`; ValueError for a model that is factored already, or with a layer that `torch.nn.utils.parametrize` or `prune` computes anew at each call (named).
     """
+    if not isinstance(model, nn.Module): raise TypeError(f"model is a {type(model).__name__}; it must be a torch.nn.Module")
+    exclude = (exclude,) if isinstance(exclude, str) else tuple(exclude)
+    if not all(isinstance(part, str) for part in exclude): raise TypeError(f"exclude is {exclude!r}; it must hold texts, parts of names of layers")
     owners, out = weight_owners(model), {}
     for name, m in model.named_modules():
         linear = isinstance(m, nn.Linear) and type(m).__name__ != "NonDynamicallyQuantizableLinear" or type(m).__name__ == "Conv1D"
         if not (linear and mode == "channel" or convolutions and isinstance(m, nn.Conv2d) and m.groups == 1): continue
-        if any(part in name for part in exclude) or layer_weight(m).shape[0] < min_out or len(owners[id(m.weight)]) > 1: continue
+        if any(part in name for part in exclude) or layer_weight(m).shape[0] < min_out: continue
+        if not isinstance(m._parameters.get("weight"), nn.Parameter): raise ValueError(f"layer {name!r} has a weight that is computed at each call (torch.nn.utils.parametrize or prune); make it a parameter again with remove_parametrizations or prune.remove, or exclude the layer")
+        if len(owners[id(m.weight)]) > 1: continue
         out[name] = m
     inside = {f"{n}.{k}" for n, p in low_rank_layers(model).items() for k in ("0", "1")}
     if inside: raise ValueError(f"model is factored already: {list(low_rank_layers(model))[:3]} and more; merge() those layers first, or start from the original")
@@ -39,12 +46,15 @@ def low_rank_factorize(model: nn.Module, ratio: float | None = None, *, rank: in
     - At most one of `ratio` (dense over factored weights, above 1; default 2), `rank` (one for all) and `energy` (share of the squared singular values, (0, 1]; layers that it would make larger stay dense).
     - `exclude`, `min_out`, `convolutions`: see `factorable_layers`. `mode`: layout of the convolutions, see `efftrain.compress.low_rank`; linear layers are only factored in "channel".
     - `init`: "svd", or "random" (drawn with `seed`; the control). `inplace=False` works on a copy.
-    - `inputs`: a batch for `model(inputs)` (or a dict for `model(**inputs)`): then `report.attrs["flops_before"]` and `["flops_after"]` hold the operations of a forward pass by torch's counter.
+    - `inputs`: a batch for `model(inputs)` (or a dict for `model(**inputs)`): then `report.attrs["flops_before"]` and `["flops_after"]` hold the operations of a forward pass (in evaluation mode, so that nothing else changes) by torch's counter.
 
     Columns: layer, kind, shape, rank, full_rank, weights_before, weights_after, bytes_before, bytes_after, error (relative, Frobenius). A Hugging Face model remembers its structure in `config.low_rank`; see `load_low_rank`.
-    Raises ValueError: more than one of ratio, rank and energy; a ratio of 1 or less; a rank at or above a layer's break-even m n / (m + n) (named with it); no layer found; a model that is factored already. The model is then as it was.
+    Raises ValueError: more than one of ratio, rank and energy; a ratio of 1 or less; a rank at or above a layer's break-even m n / (m + n) (named with it); no layer found; a model that is factored already, or with weights computed at each call;
+    TypeError for arguments of another type. The model is then as it was.
     """
     given = [n for n, v in dict(ratio=ratio, rank=rank, energy=energy).items() if v is not None]
+    for name, value in dict(ratio=ratio, energy=energy).items():
+        if value is not None and (isinstance(value, bool) or not isinstance(value, Real)): raise TypeError(f"{name} is {value!r}; it must be a number")
     if len(given) > 1: raise ValueError(f"{' and '.join(given)} given; at most one of ratio, rank and energy is allowed")
     if not given: ratio = 2.0
     layers = factorable_layers(model, exclude, min_out, mode, convolutions)
@@ -73,7 +83,12 @@ def low_rank_factorize(model: nn.Module, ratio: float | None = None, *, rank: in
 
 def _forward_flops(model: nn.Module, inputs: Any) -> int:
     from torch.utils.flop_counter import FlopCounterMode
-    with torch.no_grad(), FlopCounterMode(display=False) as counter: model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
+    modes = [(m, m.training) for m in model.modules()]
+    model.eval()  # averages of normalisation layers stay as they are, and dropout draws nothing
+    try:
+        with torch.no_grad(), FlopCounterMode(display=False) as counter: model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
+    finally:
+        for m, mode in modes: m.training = mode
     return counter.get_total_flops()
 
 # %% ../../nbs/compress/pela.ipynb #9cdd4150
@@ -90,6 +105,7 @@ def _hidden_states(output: Any) -> Sequence[Tensor]:
 def _prediction_loss(model: nn.Module, output: Any, batch: Any) -> Tensor:
     """Next-token loss for token ids (rows, length); the model's own `.loss` when the batch is a dict with labels."""
     if getattr(output, "loss", None) is not None: return output.loss
+    if not isinstance(batch, Tensor): raise ValueError(f"batch is a {type(batch).__name__} and the model's output has no loss; give token ids (a tensor), a dict with labels, or a task_loss of your own")
     return F.cross_entropy(output.logits[:, :-1].flatten(0, 1).float(), batch[:, 1:].flatten())
 
 
@@ -102,22 +118,26 @@ class PELALoss:
     - `hidden(output)`: states after the K blocks, all pairs of equal shape; default `output.hidden_states` but the first. `task_loss(model, output, batch)`: default next-token loss, or `output.loss`.
     - `forward(model, batch)`: runs a model; default `model(batch, output_hidden_states=True)` (or `model(**batch, ...)` for a dict).
 
-    Call with a batch: (loss, parts), parts detached: task, feature, logits, perturb, as far as computed. Raises ValueError for weights below 0, another form, states that differ in number or shape (both are named).
+    Call with a batch: (loss, parts), parts detached: task, feature, logits, perturb, as far as computed. Raises ValueError for weights below 0, another form, a teacher that is factored itself, states that differ in number or shape (both are named),
+    a batch without labels whose loss is unknown; TypeError for weights that are no numbers.
     """
 
     def __init__(self, teacher: nn.Module, student: nn.Module, feature: float = 1.0, logits: float = 0.0, perturb: float = 1.0, eps: float = 1e-3, *, task: float = 1.0, perturb_form: str = "squared", perturb_every: int = 1,
                  hidden: Callable[[Any], Sequence[Tensor]] = _hidden_states, task_loss: Callable[[nn.Module, Any, Any], Tensor] = _prediction_loss, forward: Callable[[nn.Module, Any], Any] | None = None) -> None:
         for name, value in dict(feature=feature, logits=logits, perturb=perturb, eps=eps, task=task).items():
+            if isinstance(value, bool) or not isinstance(value, Real): raise TypeError(f"{name} is {value!r}; it must be a number")
             if not 0 <= value < math.inf: raise ValueError(f"{name} is {value!r}; it must be finite and at least 0")
         if perturb_form not in ("squared", "hinge"): raise ValueError(f"perturb_form is {perturb_form!r}; allowed are 'squared' and 'hinge'")
         if isinstance(perturb_every, bool) or not isinstance(perturb_every, int) or perturb_every < 1: raise ValueError(f"perturb_every is {perturb_every!r}; it must be a whole number of at least 1")
-        self.teacher, self.student, self.calls = teacher.eval(), student, 0
+        self.teacher, self.student, self.calls = teacher, student, 0
         self.feature, self.logits, self.perturb, self.eps, self.task, self.perturb_form, self.perturb_every = feature, logits, perturb, eps, task, perturb_form, perturb_every
         self.hidden, self.task_loss, self._run = hidden, task_loss, forward or self._forward
+        if low_rank_layers(teacher): raise ValueError(f"teacher is factored itself (layer {next(iter(low_rank_layers(teacher)))!r}); it must be the dense model that the student was made from")
         layers, dense = low_rank_layers(student), dict(teacher.named_modules())
         if missing := [n for n in layers if not isinstance(getattr(dense.get(n), "weight", None), Tensor)]: raise ValueError(f"teacher has no layers {missing[:5]}, which the student has factored; it must be the model that the student was made from")
         if perturb and not layers: raise ValueError(f"perturb is {perturb!r}, but the student has no factored layer; make it with low_rank_factorize")
         self.originals = {n: layer_weight(dense[n]).detach() for n in layers}
+        teacher.eval()
 
     def _forward(self, model: nn.Module, batch: Any) -> Any:
         more = dict(output_hidden_states=True) if self.feature else {}
@@ -183,7 +203,7 @@ def pela_recover(student: nn.Module, teacher: nn.Module, batches: Callable[[int]
 def load_low_rank(model_class: type, folder: str | Path) -> nn.Module:
     """The factored model that `save_pretrained` wrote to `folder`, in evaluation mode: `model_class` is its class (such as `LlamaForCausalLM`).
 
-    The config says which layers are factored (`config.low_rank`). Raises ValueError for a folder whose config does not; FileNotFoundError when there are no safetensors in it.
+    The config says which layers are factored (`config.low_rank`); weights keep the dtype in which they were saved. Raises ValueError for a folder whose config does not; FileNotFoundError when there are no safetensors in it.
     """
     from safetensors.torch import load_file
     config = model_class.config_class.from_pretrained(folder)
@@ -192,7 +212,7 @@ def load_low_rank(model_class: type, folder: str | Path) -> nn.Module:
     if not files: raise FileNotFoundError(f"{Path(folder).name} holds no .safetensors file")
     model = restructure(model_class(config), config.low_rank)
     weights = {k: v for f in files for k, v in load_file(f).items()}
-    missing, unexpected = model.load_state_dict(weights, strict=False)
+    missing, unexpected = model.load_state_dict(weights, strict=False, assign=True)
     model.tie_weights()
     tied = {n for n, p in model.named_parameters(remove_duplicate=False) if sum(p is q for _, q in model.named_parameters(remove_duplicate=False)) > 1}
     if unexpected or set(missing) - tied: raise ValueError(f"{Path(folder).name} does not fit {model_class.__name__}: missing {sorted(set(missing) - tied)[:5]}, unexpected {list(unexpected)[:5]}")
