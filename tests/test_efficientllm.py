@@ -1,5 +1,6 @@
 """Pruning-aware pretraining: groups that do nothing, saliencies by loops and finite differences, refits by least squares, optimizer states after a cut, models that are saved and loaded, wrong input."""
 import copy
+import pickle
 
 import numpy as np
 import pytest
@@ -18,10 +19,10 @@ from efftrain.training import fit, lm_loss
 KINDS = ("ffn", "head", "vo", "qk", "stem")
 
 
-def net(kv=2, bias=False, tied=False, seed=0):
+def net(kv=2, bias=False, tied=False, seed=0, mlp_bias=None):
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return LlamaForCausalLM(LlamaConfig(hidden_size=24, intermediate_size=20, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=kv, head_dim=8, vocab_size=50, initializer_range=0.3, attention_bias=bias, mlp_bias=bias,
+        return LlamaForCausalLM(LlamaConfig(hidden_size=24, intermediate_size=20, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=kv, head_dim=8, vocab_size=50, initializer_range=0.3, attention_bias=bias, mlp_bias=bias if mlp_bias is None else mlp_bias,
                                             tie_word_embeddings=tied, bos_token_id=None, eos_token_id=None))
 
 
@@ -120,6 +121,14 @@ def test_any_cut_gives_the_closed_form_and_a_working_model(kv, tied, bias):
     smaller = rebuild(model)
     assert torch.equal(smaller.eval()(tokens()).logits, model.eval()(tokens()).logits)
     assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied and (smaller.lm_head.weight is smaller.model.embed_tokens.weight) == tied
+
+
+@pytest.mark.parametrize("attention, mlp", [(True, False), (False, True)])
+def test_biases_of_one_kind_are_counted_as_they_are(attention, mlp):
+    model = net(2, attention, mlp_bias=mlp); n, pruner = size(model), StructuredPruner(model, groups=KINDS, saliency="magnitude", compensate=False)
+    assert pruner._total(layer_sizes(model), 24) == n == pruner.report()["parameters_before"]
+    pruner.prune_to(int(0.7 * n))
+    assert size(model) <= int(0.7 * n) and pruner.report()["parameters_after"] == size(model)
 
 
 def test_down_to_the_smallest_model_and_no_further():
@@ -285,6 +294,20 @@ def test_saved_loaded_copied_compiled_generated(tmp_path):
     assert again.n_params < size(final), "a loaded model is pruned further"
 
 
+def test_a_rebuilt_model_keeps_what_is_frozen_and_how_it_generates():
+    model = net(2); model.generation_config.max_new_tokens, model.generation_config.pad_token_id = 7, 3; model.model.norm.weight.requires_grad_(False)
+    for new in (rebuild(model), to_llama(model)):
+        assert new.generation_config.max_new_tokens == 7 and new.generation_config.pad_token_id == 3 and new.generation_config is not model.generation_config
+        assert [n for n, p in new.named_parameters() if not p.requires_grad] == ["model.norm.weight"]
+
+
+def test_a_model_in_a_file_holds_no_inputs():
+    model = net(2); pruner = StructuredPruner(model); step(model, pruner); lm_loss(model, tokens())
+    kept = lambda m: [h.store for part in m.modules() for h in part._forward_pre_hooks.values()]
+    assert all(kept(model)) and len(kept(model)) == 4
+    for copied in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model)): assert not any(kept(copied)) and torch.equal(copied(tokens()).logits, model(tokens()).logits)
+
+
 def test_plain_llama_where_the_result_is_uniform():
     model = net(2); pruner = StructuredPruner(model, groups=["ffn"], saliency="magnitude", compensate=False)
     with torch.no_grad():
@@ -327,6 +350,22 @@ def test_wrong_input_leaves_the_model_as_it_was(make, text, kind):
     with pytest.raises(kind, match=text): make(model)
     after = model.state_dict()
     assert all(torch.equal(v, after[k]) for k, v in before.items())
+
+
+def test_inputs_that_overflowed_are_refused_before_anything_is_cut():
+    model = net(); pruner = StructuredPruner(model, saliency="magnitude")
+    model.train(); model(inputs_embeds=torch.full((1, 4, 24), float("nan"))); pruner.observe()
+    before, sizes = copy.deepcopy(model.state_dict()), layer_sizes(model)
+    with pytest.raises(ValueError, match="inputs of o in layer 0.*not finite"): pruner.prune_to(int(0.7 * size(model)))
+    assert layer_sizes(model) == sizes and all(torch.equal(v, model.state_dict()[k]) for k, v in before.items()) and torch.isfinite(model(tokens()).logits).all()
+
+
+@pytest.mark.parametrize("make, text, kind", [
+    (lambda: PruningSchedule("10", 5, 0, 1), "start_params is '10'", TypeError), (lambda: PruningSchedule(10, 5.5, 0, 1), "end_params is 5.5", TypeError), (lambda: StructuredPruner(net(), ema="0.5"), "ema is '0.5'", TypeError),
+    (lambda: StructuredPruner(net(), damping=float("nan")), "damping is nan", ValueError), (lambda: StructuredPruner(net(), groups=3), "groups is 3", TypeError), (lambda: StructuredPruner(net(), "adam"), "optimizer is a str", TypeError),
+    (lambda: least_squares_update(torch.ones(3, 4), torch.eye(4), torch.tensor([7])), r"drop is \[7\]", ValueError), (lambda: least_squares_update(torch.ones(3, 4), torch.eye(4), torch.tensor([True, False])), r"drop is \[True, False\]", ValueError)])
+def test_wrong_types_and_indices_are_named(make, text, kind):
+    with pytest.raises(kind, match=text): make()
 
 
 def test_compressed_layers_and_factored_states_are_refused():

@@ -4,6 +4,8 @@
 __all__ = ['least_squares_update', 'PruningSchedule', 'StructuredPruner']
 
 # %% ../../nbs/compress/efficientllm.ipynb #b358b032
+import math
+from numbers import Real
 from typing import Any, Iterator, Mapping, Sequence
 
 import torch
@@ -12,6 +14,12 @@ from torch import Tensor, nn
 from .efficientllm_model import VariableLlamaForCausalLM, _check_llama, count_parameters, forward_flops, layer_sizes, make_variable, rebuild
 
 # %% ../../nbs/compress/efficientllm.ipynb #90eb6947
+def _check_number(name: str, value: Any, below: float = math.inf) -> None:
+    """Raise TypeError or ValueError unless `value` is a number in [0, below)."""
+    if isinstance(value, bool) or not isinstance(value, Real): raise TypeError(f"{name} is {value!r}; it must be a number in [0, {below})")
+    if not 0 <= value < below: raise ValueError(f"{name} is {value!r}; it must lie in [0, {below})")
+
+
 @torch.no_grad()
 def least_squares_update(W: Tensor, H: Tensor, drop: Tensor, damping: float = 0.01) -> Tensor:
     """Weights (out, kept) that reproduce the layer `W` (out, in) best without the input channels `drop`, in the order of those that stay.
@@ -19,11 +27,12 @@ def least_squares_update(W: Tensor, H: Tensor, drop: Tensor, damping: float = 0.
     - `H`: E[x x^T] of the layer's inputs (in, in), up to a factor; `drop`: indices of input channels, or a boolean mask (in,).
     - `damping`: lambda as a share of the mean of H's diagonal; raised tenfold, as often as needed, where H is singular to working precision.
 
-    Raises ValueError for shapes that do not fit, an empty rest, or a damping below 0.
+    Raises ValueError for shapes or indices that do not fit, an empty rest, a damping below 0, or an H that is no second moment (0, NaN, not positive semi-definite).
     """
     n = W.shape[-1]
     if W.ndim != 2 or H.shape != (n, n): raise ValueError(f"H has shape {tuple(H.shape)} and W {tuple(W.shape)}; H must be (in, in) for W (out, in)")
-    if not damping >= 0: raise ValueError(f"damping is {damping!r}; it must be at least 0")
+    _check_number("damping", damping)
+    if not (drop.shape == (n,) if drop.dtype == torch.bool else drop.ndim == 1 and ((drop >= 0) & (drop < n)).all()): raise ValueError(f"drop is {drop.tolist()}; it must hold indices in [0, {n - 1}] or {n} booleans, one for each input channel of W")
     gone = torch.zeros(n, dtype=torch.bool, device=W.device)
     gone[drop] = True
     if gone.all(): raise ValueError(f"drop names all {n} input channels; at least one must stay")
@@ -41,10 +50,12 @@ def least_squares_update(W: Tensor, H: Tensor, drop: Tensor, damping: float = 0.
 class PruningSchedule:
     """Parameters allowed after each update: from `start_params` to `end_params` in events every `every` updates in (start, end], each leaving the same share. Before `start` the source's size, after `end` the target's.
 
-    Raises ValueError for a target that is not below the start, or steps that do not fit.
+    Raises ValueError for a target that is not below the start, or steps that do not fit; TypeError for what is no whole number.
     """
 
     def __init__(self, start_params: int, end_params: int, start: int, end: int, every: int = 10) -> None:
+        for name, value in dict(start_params=start_params, end_params=end_params, start=start, end=end).items():
+            if isinstance(value, bool) or not isinstance(value, int): raise TypeError(f"{name} is {value!r}; it must be a whole number")
         if not 0 < end_params < start_params: raise ValueError(f"end_params is {end_params!r}; it must lie in (0, start_params = {start_params!r})")
         if not 0 <= start <= end: raise ValueError(f"start is {start!r} and end {end!r}; 0 <= start <= end is needed")
         if isinstance(every, bool) or not isinstance(every, int) or every < 1: raise ValueError(f"every is {every!r}; it must be a whole number of at least 1")
@@ -74,14 +85,15 @@ class StructuredPruner:
 
     def __init__(self, model: VariableLlamaForCausalLM, optimizer: torch.optim.Optimizer | None = None, *, groups: Sequence[str] = ("ffn", "vo", "head", "stem"), saliency: str = "fisher", compensate: bool = True,
                  ema: float = 0.95, damping: float = 0.01, seed: int = 0) -> None:
+        if not isinstance(groups, Sequence): raise TypeError(f"groups is {groups!r}; allowed are {_GROUPS}, at least one")
         groups = (groups,) if isinstance(groups, str) else tuple(groups)
         if not groups or set(groups) - set(_GROUPS): raise ValueError(f"groups is {groups!r}; allowed are {_GROUPS}, at least one")
         if saliency not in _SALIENCIES: raise ValueError(f"saliency is {saliency!r}; allowed are {_SALIENCIES}")
         if saliency == "wanda" and {"stem", "qk"} & set(groups): raise ValueError(f"groups is {groups!r}; saliency='wanda' looks at input columns of O and down and knows only 'ffn', 'vo' and 'head'")
-        if not 0 <= ema < 1: raise ValueError(f"ema is {ema!r}; it must lie in [0, 1)")
-        if not damping >= 0: raise ValueError(f"damping is {damping!r}; it must be at least 0")
+        _check_number("ema", ema, below=1); _check_number("damping", damping)
         _check_llama(model)
         if optimizer is not None:
+            if not isinstance(optimizer, torch.optim.Optimizer): raise TypeError(f"optimizer is a {type(optimizer).__name__}; it must be a torch.optim.Optimizer, or None")
             held = {id(p) for g in optimizer.param_groups for p in g["params"]}
             if missing := [n for n, p in model.named_parameters() if id(p) not in held]: raise ValueError(f"optimizer does not hold {missing[0]!r} ({len(missing)} parameters missing); make it from model.parameters()")
         self.model, self.optimizer, self.groups, self.saliency, self.compensate, self.ema, self.damping = make_variable(model), optimizer, groups, saliency, compensate, ema, damping
@@ -179,7 +191,7 @@ class StructuredPruner:
         return (self._total([s], width) - self._total([smaller], width)) // (s["kv_heads"] if kind in ("vo", "qk") else 1)
 
     def _total(self, sizes: list, width: int) -> int:
-        return count_parameters(sizes, width, self.model.config.vocab_size, self.tied, self.model.config.attention_bias)
+        return count_parameters(sizes, width, self.model.config.vocab_size, self.tied, self.model.config.attention_bias, self.model.config.mlp_bias)
 
     def smallest(self) -> int:
         """Parameters that are left when all allowed groups but one of each kind are gone."""
@@ -225,12 +237,14 @@ class StructuredPruner:
         """Remove groups until the model has at most `n_params` parameters; returns what went: dicts of group, layer (-1: all), and index or, for "vo" and "qk", count.
 
         The last group may overshoot. `at_least`: a size not to fall below, such as a little under the final target: larger groups are passed over for smaller ones then, as long as there are any.
-        Raises ValueError for a size that is not below the present one, or below `smallest()`, or before `observe`.
+        Raises ValueError for a size that is not below the present one, or below `smallest()`, before `observe`, or when what was observed is not finite; the model is as it was then.
         """
         if isinstance(n_params, bool) or not isinstance(n_params, int) or not n_params < self.n_params: raise ValueError(f"n_params is {n_params!r}; it must be a whole number below the present {self.n_params:,} parameters")
         if n_params < self.smallest(): raise ValueError(f"n_params is {n_params:,}; with groups={self.groups} at least {self.smallest():,} parameters remain")
         if not 0 <= at_least <= n_params: raise ValueError(f"at_least is {at_least!r}; it must lie in [0, n_params = {n_params:,}]")
         if self.compensate and not self._H: raise ValueError("compensate=True needs observe() at least once before, for the inputs of O and down")
+        for (kind, i), H in self._H.items():
+            if not torch.isfinite(H).all(): raise ValueError(f"the inputs of {kind} in layer {i} that observe() saw are not finite; make a new StructuredPruner, and leave out batches that overflow")
         self._check_states()
         saliency = self.saliencies()
         chosen = self._choose(n_params, at_least, saliency)
@@ -335,7 +349,7 @@ class _Keep:
     def __init__(self, store: dict, key: tuple) -> None: self.store, self.key = store, key
     def __call__(self, module: nn.Module, arguments: tuple) -> None:
         if module.training: self.store[self.key] = arguments[0].detach()
-    def __deepcopy__(self, memo: dict) -> "_Keep": return _Keep({}, self.key)  # a copy of the model is observed by nobody
+    def __reduce__(self) -> tuple: return _Keep, ({}, self.key)  # a copy of the model, in memory or in a file, is observed by nobody and holds no inputs
 
 
 def _without(n: int, gone: list[int], device: torch.device) -> Tensor:

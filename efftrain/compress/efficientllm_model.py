@@ -5,6 +5,7 @@ __all__ = ['VariableAttention', 'make_variable', 'layer_sizes', 'count_parameter
            'VariableLlamaForCausalLM', 'rebuild', 'to_llama']
 
 # %% ../../nbs/compress/efficientllm_model.ipynb #56a14850
+import copy
 from typing import Any
 
 import torch
@@ -89,12 +90,12 @@ def layer_sizes(model: LlamaForCausalLM) -> list[dict[str, int]]:
     return sizes
 
 
-def count_parameters(sizes: list[dict[str, int]], width: int, vocab: int, tied: bool = True, bias: bool = False) -> int:
-    """Parameters of a Llama in closed form: matrices, norms, embedding and (unless `tied`) head; `bias`: attention and MLP have biases. `sizes` as `layer_sizes` gives them."""
+def count_parameters(sizes: list[dict[str, int]], width: int, vocab: int, tied: bool = True, bias: bool = False, mlp_bias: bool | None = None) -> int:
+    """Parameters of a Llama in closed form: matrices, norms, embedding and (unless `tied`) head; `bias`: attention has biases, `mlp_bias`: the MLP (None: as attention). `sizes` as `layer_sizes` gives them."""
     total = vocab * width * (1 if tied else 2) + width
     for s in sizes:
-        rows = (s["heads"] + s["kv_heads"]) * s["qk"] + s["kv_heads"] * s["vo"] + 2 * s["ffn"]
-        total += width * (rows + s["heads"] * s["vo"] + s["ffn"]) + 2 * width + (rows + 2 * width if bias else 0)
+        attention, mlp = (s["heads"] + s["kv_heads"]) * s["qk"] + s["kv_heads"] * s["vo"], 2 * s["ffn"]
+        total += width * (attention + s["heads"] * s["vo"] + mlp + s["ffn"]) + 2 * width + (attention + width if bias else 0) + (mlp + width if (bias if mlp_bias is None else mlp_bias) else 0)
     return total
 
 
@@ -127,9 +128,17 @@ class VariableLlamaForCausalLM(LlamaForCausalLM):
         self.post_init()
 
 
+def _dressed(new: LlamaForCausalLM, model: LlamaForCausalLM) -> LlamaForCausalLM:
+    """`new` with the device, dtype, mode, generation settings and frozen parameters of `model`."""
+    p, frozen = next(model.parameters()), {n for n, p in model.named_parameters() if not p.requires_grad}
+    new.generation_config = copy.deepcopy(model.generation_config)
+    for n, q in new.named_parameters(): q.requires_grad_(n not in frozen)
+    return new.to(p.device, p.dtype).train(model.training)
+
+
 @torch.no_grad()
 def rebuild(model: LlamaForCausalLM) -> VariableLlamaForCausalLM:
-    """A `VariableLlamaForCausalLM` of the sizes that `model` has now, with copies of its weights, ready to be saved. Raises TypeError for another class."""
+    """A `VariableLlamaForCausalLM` of the sizes that `model` has now, with copies of its weights, its generation settings and its frozen parameters frozen, ready to be saved. Raises TypeError for another class."""
     sizes = layer_sizes(model)
     settings = {k: v for k, v in model.config.to_dict().items() if k not in ("model_type", "architectures", "transformers_version", "layer_sizes")}
     first = sizes[0]
@@ -140,8 +149,7 @@ def rebuild(model: LlamaForCausalLM) -> VariableLlamaForCausalLM:
     weights = model.state_dict()
     for i, layer in enumerate(model.model.layers): weights.setdefault(f"model.layers.{i}.self_attn.pairs", torch.arange(sizes[i]["qk"] // 2).repeat(sizes[i]["kv_heads"], 1))
     out.load_state_dict(weights)
-    p = next(model.parameters())
-    return out.to(p.device, p.dtype).train(model.training)
+    return _dressed(out, model)
 
 
 @torch.no_grad()
@@ -155,5 +163,4 @@ def to_llama(model: LlamaForCausalLM) -> LlamaForCausalLM:
     settings = {k: v for k, v in model.config.to_dict().items() if k not in ("model_type", "architectures", "transformers_version", "layer_sizes")}
     with torch.random.fork_rng(devices=[]): out = LlamaForCausalLM(LlamaConfig(**settings | dict(hidden_size=width, intermediate_size=s["ffn"], num_attention_heads=s["heads"], num_key_value_heads=s["kv_heads"], head_dim=head)))
     out.load_state_dict({k: v for k, v in model.state_dict().items() if not k.endswith(".pairs")})
-    p = next(model.parameters())
-    return out.to(p.device, p.dtype).train(model.training)
+    return _dressed(out, model)
