@@ -4,6 +4,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+import transformers as T
 from hypothesis import given, settings, strategies as st
 from torch import nn
 from torch.nn.utils import prune as torch_prune
@@ -87,6 +88,18 @@ def test_missing_weights_and_their_states_stay_exactly_zero(name):
         assert (w[gone] == 0).all() and (w[~gone] != 0).all()
         for s in optimizer.state[w].values():
             if torch.is_tensor(s) and s.shape == w.shape: assert (s[gone] == 0).all()
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+@pytest.mark.parametrize("make", [lambda p: torch.optim.SGD(p, 0.1, 0.9), lambda p: torch.optim.AdamW(p, 1e-2), lambda p: Lion(p, 1e-3)])
+def test_gradients_that_a_closure_makes_are_masked(make, by_name):
+    net = mlp([8, 8]); static = sparsify(net, 0.5); optimizer = make(net.parameters()); static.attach(optimizer); x = torch.randn(4, 8)
+    def closure(): optimizer.zero_grad(); loss = net(x).square().sum(); loss.backward(); return loss
+    for _ in range(3): assert torch.is_tensor(optimizer.step(closure=closure) if by_name else optimizer.step(closure))
+    w, gone = static.masks.weights[0], ~static.masks["0"]
+    assert (w[gone] == 0).all() and all((s[gone] == 0).all() and (s[~gone] != 0).any() for s in optimizer.state[w].values() if torch.is_tensor(s) and s.shape == w.shape)
+    static.densify(); optimizer.step(closure)
+    assert (w[gone] != 0).any(), "nothing is masked any more"
 
 
 def test_an_optimizer_that_mixes_weights_is_projected():
@@ -231,6 +244,36 @@ def test_published_ratios():
     by_hand = lambda layers, d, s, length: (24 * layers * d**2 + 4 * layers * length * d + 2 * 50257 * d) / (24 * layers * d**2 * (1 - s) + 4 * layers * length * d + 2 * 50257 * d)
     for c, (layers, d), s, length in ((xl, (24, 2048), 0.5, 2048), (small, (12, 768), 0.5, 2048), (small, (12, 768), 0.75, 2048), (small, (12, 768), 0.75, 1024)):
         assert ratio(c, s, length) == pytest.approx(by_hand(layers, d, s, length), rel=1e-9)
+
+
+KV = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=50)
+KIN = [T.MistralConfig(**KV), T.Gemma3TextConfig(**KV, head_dim=8), T.OlmoConfig(**KV), T.Phi3Config(**KV, pad_token_id=0), T.CohereConfig(**KV), T.Starcoder2Config(**KV), T.GPTNeoXConfig(**{k: v for k, v in KV.items() if k != "num_key_value_heads"}),
+       T.OPTConfig(hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=50, word_embed_proj_dim=32), T.BloomConfig(hidden_size=32, n_layer=2, n_head=4, vocab_size=50)]
+
+
+@pytest.mark.parametrize("config", KIN, ids=lambda c: c.model_type)
+def test_linear_operations_are_those_of_the_layers_there_are(config):
+    with torch.device("meta"): net = T.AutoModelForCausalLM.from_config(config)
+    assert training_flops(config, 0, 1, 8, False)["linear"] == 2 * sum(w.weight.numel() for n, w in net.named_modules() if isinstance(w, nn.Linear) and "head" not in n and n != "embed_out")
+
+
+def test_configurations_of_another_layout_are_refused():
+    for config in (T.MixtralConfig(**KV), T.BertConfig(hidden_size=32, num_attention_heads=4, num_hidden_layers=2), T.T5Config()):
+        with pytest.raises(ValueError, match=f"model_type {config.model_type!r}"): training_flops(config, 0, 1, 8)
+
+
+def test_sparse_computed_and_non_finite_weights_are_refused_by_name():
+    twice, normed, pruned, broken = (mlp([16, 16, 16]) for _ in range(4))
+    sparsify(twice, 0.5, seed=1); nn.utils.parametrizations.weight_norm(normed[0]); torch_prune.l1_unstructured(pruned[0], "weight", 0.5); broken[2].weight.data[0, 0] = float("nan")
+    for net, text in ((twice, "layer '0' is sparse already"), (normed, "layer '0' has a weight that is computed"), (pruned, "layer '0' has a weight that is computed"), (broken, "layer '2' has 1 weights that are not finite")):
+        before = copy.deepcopy(net.state_dict())
+        with pytest.raises(ValueError, match=text): sparsify(net, 0.5, seed=2)
+        assert all(torch.equal(v, net.state_dict()[k]) or v.isnan().any() for k, v in before.items())
+    again = sparsify(twice, 0.5, seed=1)  # the same draw: a run that goes on
+    assert again.masks.density == 0.5 and all((w != 0).float().mean() == 0.5 for w in again.masks.weights)
+    with torch.no_grad(): twice[2].weight.zero_()
+    sparsify(nn.Sequential(nn.Linear(4, 4), twice[2]), 0.5)  # a layer that starts at zero is not sparse
+    assert sparsify(nn.Sequential(nn.Linear(3, 0)), 0.5).report().sparsity[0] == 1
 
 
 @pytest.mark.parametrize("make, text", [

@@ -35,7 +35,8 @@ class StaticSparsity:
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
         """From now on each `optimizer.step()` masks gradients before and weights after; what the optimizer remembers of missing weights is set to zero now and so stays.
 
-        Any torch optimizer. Gradients are masked when the step begins, which is after clipping: call `mask_gradients()` yourself before clipping. Not saved with the optimizer; attach again after loading.
+        Any torch optimizer, also with a closure, whose gradients are masked each time it has run. Otherwise gradients are masked when the step begins, which is after clipping: call `mask_gradients()` yourself before clipping.
+        Not saved with the optimizer; attach again after loading.
         Raises TypeError for another object, ValueError for an optimizer that lacks one of the masked weights, one that is attached already, or after `densify`.
         """
         if not isinstance(optimizer, torch.optim.Optimizer): raise TypeError(f"optimizer is a {type(optimizer).__name__}; it must be a torch.optim.Optimizer")
@@ -45,7 +46,13 @@ class StaticSparsity:
             raise ValueError(f"optimizer does not hold the weight of {missing[0]!r} ({len(missing)} of {len(self.masks.layers)} masked weights missing); make it from the parameters of the sparse model")
         if any(o is optimizer for o, *_ in self._handles): raise ValueError("optimizer is attached already; masking twice does the work twice")
         self.masks.project_optimizer(optimizer)
-        self._handles.append((optimizer, optimizer.register_step_pre_hook(self.mask_gradients), optimizer.register_step_post_hook(self.project)))
+        self._handles.append((optimizer, optimizer.register_step_pre_hook(self._before_step), optimizer.register_step_post_hook(self.project)))
+
+    def _before_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        """Mask the gradients there are, and those that a closure (the first argument after the optimizer, or by name) is to make."""
+        self.mask_gradients()
+        masked = lambda closure: (lambda: (closure(), self.mask_gradients())[0]) if callable(closure) else closure
+        return tuple(masked(a) if i == 1 else a for i, a in enumerate(args)), {k: masked(v) if k == "closure" else v for k, v in kwargs.items()}
 
     def hooks(self) -> dict[str, Callable]:
         """Keyword arguments `after_backward` and `after_step` for `efftrain.training.fit`: gradients masked before clipping, weights after the update; the masks are saved and resumed with the run."""
@@ -70,7 +77,7 @@ class StaticSparsity:
         for (name, layer), mask in zip(self.masks.layers.items(), self.masks._here()):
             w, here = layer.weight.detach(), int((mask != 0).sum())
             size = w.element_size()
-            rows.append({"layer": name, "weights": w.numel(), "present": here, "sparsity": 1 - here / w.numel(), "error": float((w * (mask == 0)).norm() / w.norm().clamp_min(1e-30)),
+            rows.append({"layer": name, "weights": w.numel(), "present": here, "sparsity": 1 - here / max(w.numel(), 1), "error": float((w * (mask == 0)).norm() / w.norm().clamp_min(1e-30)),
                          "dense_bytes": w.numel() * size, "sparse_bytes": here * size + -(-w.numel() // 8)})
         return pd.DataFrame(rows)
 
@@ -106,31 +113,48 @@ def sparsify(model: nn.Module, sparsity: float, *, targets: Sequence[str] | Call
     - `seed`: of the draw; the caller's random state is untouched.
     - `rescale`: multiply what stays by 1/sqrt(1 - sparsity), which keeps the variance of the layers' outputs. The paper keeps the initial scale of the dense model (default).
 
-    Raises ValueError for a sparsity or seed outside its range, a model without such layers or an unknown target; the model is untouched then.
+    Raises ValueError for a sparsity or seed outside its range, a model without such layers or an unknown target, weights that are not finite or computed anew at each call (`torch.nn.utils.parametrize`, `prune`), and for a model that is
+    sparse already, unless this very draw made it so (the masks of another draw would remove still more); the model is untouched then.
     """
     if isinstance(sparsity, bool) or not isinstance(sparsity, (int, float)) or not 0 <= sparsity < 1: raise ValueError(f"sparsity is {sparsity!r}; it must be a number in [0, 1)")
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63: raise ValueError(f"seed is {seed!r}; it must be a whole number of at least 0")
     masks = Masks(model, targets)
+    for name, layer in masks.layers.items():
+        if not isinstance(layer._parameters.get("weight"), nn.Parameter): raise ValueError(f"layer {name!r} has a weight that is computed at each call (torch.nn.utils.parametrize or prune); make it a parameter again with remove_parametrizations or prune.remove, or leave it out of targets")
+        if not torch.isfinite(layer.weight).all(): raise ValueError(f"layer {name!r} has {int((~torch.isfinite(layer.weight)).sum())} weights that are not finite; they cannot be removed by a mask")
     if sparsity > 0:
+        zeros = [w == 0 for w in masks.weights]
+        before = [w.clone() for w in masks.weights] if any(0.01 < float(z.float().mean()) < 1 for z in zeros) else None
         masks.prune_randomly(1 - sparsity, seed)
+        if before is not None:
+            shares = {n: float((z & (m != 0)).sum() / max((m != 0).sum(), 1)) for n, z, m in zip(masks.layers, zeros, masks._here())}
+            if wrong := {n: share for n, share in shares.items() if 0.01 < share < 1}:
+                for w, old in zip(masks.weights, before): w.copy_(old)
+                name = next(iter(wrong))
+                raise ValueError(f"layer {name!r} is sparse already: {wrong[name]:.0%} of the weights that sparsity {sparsity!r} with seed {seed!r} keeps are zero; start from a dense model, or use the sparsity and seed that made this one")
         if rescale: torch._foreach_mul_(masks.weights, 1 / math.sqrt(1 - sparsity))
     return StaticSparsity(masks, sparsity, seed, rescale)
 
 # %% ../../nbs/compress/spdf.ipynb #f2f40fa3
+_MLP_MATRICES = dict.fromkeys(("gpt2", "gpt_neo", "gpt_neox", "gptj", "bloom", "codegen", "opt", "phi", "starcoder2", "nemotron"), 2) | dict.fromkeys(
+    ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "smollm3", "olmo", "olmo2", "phi3", "cohere", "stablelm", "granite", "helium", "glm"), 3)  # gated
+
+
 def _sizes(config: Any) -> dict[str, int]:
     """Layers, width, width of all query heads, width of all key heads, MLP width, MLP matrices, vocabulary of a `transformers` decoder configuration."""
+    kind = getattr(config, "model_type", None)
+    if kind not in _MLP_MATRICES: raise ValueError(f"config is a {type(config).__name__} with model_type {kind!r}; the layout of its layers is not known here. Known are {sorted(_MLP_MATRICES)}")
     get = lambda *names: next((v for n in names if isinstance(v := getattr(config, n, None), int) and not isinstance(v, bool)), None)
     d, layers, heads, vocab = get("hidden_size", "n_embd"), get("num_hidden_layers", "n_layer"), get("num_attention_heads", "n_head"), get("vocab_size")
     if None in (d, layers, heads, vocab): raise ValueError(f"config is a {type(config).__name__} without width, layers, heads or vocabulary; it must be a transformers configuration of a decoder such as GPT2Config or LlamaConfig")
     head, keys = get("head_dim") or d // heads, get("num_key_value_heads") or heads
-    gated = get("intermediate_size") is not None and getattr(config, "model_type", "") in ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "smollm3")
-    return dict(layers=layers, width=d, queries=heads * head, keys=keys * head, mlp=get("intermediate_size", "n_inner") or 4 * d, matrices=3 if gated else 2, vocab=vocab)
+    return dict(layers=layers, width=d, queries=heads * head, keys=keys * head, mlp=get("intermediate_size", "ffn_dim", "n_inner") or 4 * d, matrices=_MLP_MATRICES[kind], vocab=vocab)
 
 
 def training_flops(config: Any, sparsity: float, tokens: int, seq_len: int, backward: bool = True) -> dict[str, int]:
     """Floating-point operations to train a decoder on `tokens` tokens in sequences of `seq_len`: dict of linear (with `sparsity` of its weights missing), attention, head, total.
 
-    - `config`: a `transformers` configuration (GPT-2, Llama and their kin; a Llama-type MLP counts three matrices, others two). `backward`: False counts the forward pass alone.
+    - `config`: a `transformers` configuration of a dense decoder whose layout is known: GPT-2 and its kin (two matrices an MLP), Llama and its kin (three); other model types are refused. `backward`: False counts the forward pass alone.
 
     A multiply-add counts as two; attention counts the whole square; embeddings, norms and the optimizer are not counted. The saving in `linear` needs hardware that skips zeros. Raises ValueError naming the argument.
     """
