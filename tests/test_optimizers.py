@@ -223,6 +223,23 @@ def test_state_dict_deepcopy_and_pickle_go_on_bit_for_bit(case, variant, dtype):
             assert all(torch.equal(p, q) for p, q in zip(a, params)) and same_state(one, opt)
 
 
+CONVERSIONS = [(torch.float32, torch.float64), (torch.float64, torch.float32), (torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)]
+
+
+@pytest.mark.parametrize("case, path, saved, loaded", [pytest.param(c, p, s, l, id=f"{n}-{p}-{str(s)[6:]}-{str(l)[6:]}") for n, c in CASES.items() for p in c.paths for s, l in CONVERSIONS if p != "fused" or torch.bfloat16 not in (s, l)])
+def test_a_checkpoint_of_a_model_in_another_dtype_goes_on(case, path, saved, loaded):
+    """State is converted where it must be; the next steps are those of the run that went on, up to rounding."""
+    a = [nn.Parameter(torch.linspace(-1, 1, torch.Size(s).numel(), dtype=torch.float64).reshape(s).to(saved)) for s in ((300, 250), (7,), ())]
+    one = case.make(a, path, lr=1e-3)
+    for step in range(3): gradients(a, step); one.step()
+    b = [nn.Parameter(p.detach().to(loaded)) for p in a]
+    other = case.make(b, path, lr=1e-3); other.load_state_dict(copy.deepcopy(one.state_dict()))
+    for step in range(3, 6): gradients(a, step); gradients(b, step); one.step(); other.step()
+    coarse = torch.bfloat16 in (saved, loaded)
+    assert all(p.dtype == saved and q.dtype == loaded for p, q in zip(a, b))
+    for p, q in zip(a, b): torch.testing.assert_close(p.double(), q.double(), rtol=0, atol=0.02 if coarse else 1e-6)
+
+
 @every_case
 def test_checkpoints_that_lack_an_option_load(case):
     p = nn.Parameter(torch.ones(3)); p.grad = torch.ones(3); one = case.make([p]); one.step()

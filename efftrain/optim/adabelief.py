@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from .base import (add_group, by_kind, check_betas, check_flag, check_lr, check_number, choose_path, evaluate, fused_update, gather, load_exactly, local_shards,
                                  set_defaults, zeros_state)
-from .moments import advance, choose, counter, wide, widened
+from .moments import advance, choose, counter, wide, widen_state, widened
 
 # %% ../../nbs/optim/adabelief.ipynb #f3a818b4
 def _scales(step: float | Tensor, lr: float | Tensor, beta1: float, beta2: float, eps: float, rectify: bool, degenerate_to_sgd: bool) -> tuple:
@@ -139,8 +139,9 @@ class AdaBelief(Optimizer):
         set_defaults(self)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue from `state_dict`, bit for bit: float32 averages of 16-bit parameters stay float32."""
+        """Continue from `state_dict`, bit for bit: float32 averages of 16-bit parameters stay float32. Averages saved with parameters of another dtype are converted."""
         load_exactly(self, state_dict)
+        widen_state(self)
 
     def _init_group(self, group: dict, *columns: list) -> None:
         zeros = lambda p: zeros_state(p, wide(p.dtype))

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from .base import (add_group, by_kind, check_betas, check_flag, check_lr, check_number, choose_path, evaluate, fused_update, gather, load_exactly, local_shards,
                                  set_defaults, zeros_state)
-from .moments import advance, counter, wide, widened
+from .moments import advance, counter, wide, widen_state, widened
 
 # %% ../../nbs/optim/diffgrad.ipynb #e0e795a3
 def _single(columns: list[list[Tensor]], size: float | Tensor, spread: float | Tensor, beta1: float, beta2: float, eps: float, shrink: float | Tensor, l2: float, maximize: bool) -> None:
@@ -102,8 +102,9 @@ class DiffGrad(Optimizer):
         set_defaults(self)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue from `state_dict`, bit for bit: float32 state of 16-bit parameters stays float32."""
+        """Continue from `state_dict`, bit for bit: float32 state of 16-bit parameters stays float32. State saved with parameters of another dtype is converted."""
         load_exactly(self, state_dict)
+        widen_state(self)
 
     def _init_group(self, group: dict, *columns: list) -> None:
         zeros = lambda p: zeros_state(p, wide(p.dtype))

@@ -76,6 +76,9 @@ class Lion(Optimizer):
       falls back to foreach with a warning when there is no compiler.
     - `state_dtype`: dtype of `exp_avg`, default the parameter's; `torch.bfloat16` stores 2 bytes a parameter and averages in the gradient's dtype.
 
+    PyTorch's sign of NaN is 0: a weight whose gradient was once NaN keeps a NaN in `exp_avg` and is moved by nothing but decay from then on, and one whose gradient was once infinite moves the same way for ever. Neither shows in the weights,
+    so check gradients before the step, as GradScaler and `clip_grad_norm_(..., error_if_nonfinite=True)` do.
+
     Parameters without a gradient are passed over; sharded parameters (DTensor) are updated shard by shard. Gradients may have any scale: multiplying all of them
     by a constant changes nothing. Raises ValueError or TypeError for arguments out of range, RuntimeError for sparse or complex gradients and for `fused` on an
     unsupported device.
