@@ -237,3 +237,11 @@ def test_wrong_problems_are_named():
     with pytest.raises(ValueError, match="selection is 'gs', a rule for smooth problems"): block_coordinate_descent(L1(PROBLEMS["least squares"], 1.0), selection="gs")
     with pytest.raises(ValueError, match="not symmetric"): Quadratic(np.array([[1.0, 2], [0, 1]]), np.zeros(2))
     with pytest.raises(ValueError, match="not connected to any label"): LabelPropagation(np.zeros((3, 3)), [1.0, np.nan, 0.0])
+
+
+@pytest.mark.parametrize("make, error, text", [
+    (lambda: LeastSquares(A + 1j, b), TypeError, "A holds complex"), (lambda: LeastSquares(sp.csr_matrix(A + 1j), b), TypeError, "A holds complex"), (lambda: LeastSquares(A, b + 1j), TypeError, "b holds complex"), (lambda: LeastSquares(A, b, l2=1j), TypeError, "l2 holds complex"),
+    (lambda: LabelPropagation(np.ones((3, 3)) + 1j, [1, np.nan, 0]), TypeError, "w holds complex"), (lambda: LabelPropagation(np.array([[0, 1, 0], [2, 0, 1], [0, 1, 0]]), [1, np.nan, 0]), ValueError, "w is not symmetric: w - w.T reaches 1"), (lambda: L1("x", 0.1), TypeError, "problem is a str"),
+    (lambda: block_coordinate_descent(LeastSquares(A[:, :3], b), partition=[[0.5], [1, 2]]), TypeError, r"block \[0.5\]"), (lambda: block_coordinate_descent(LeastSquares(A[:, :3], b), partition=[[True, False], [2]]), TypeError, "whole numbers")])
+def test_nothing_is_silently_made_real_whole_or_symmetric(make, error, text):
+    with pytest.raises(error, match=text): make()

@@ -15,8 +15,14 @@ import scipy.sparse as sp
 __all__ = ['Columns', 'State', 'Step', 'Problem', 'check_problem', 'L1', 'Box', 'Parts', 'prox_step', 'subgradient']
 
 # %% ../../nbs/optim/bcd_base.ipynb #03b48944
+def _real(name: str, value: Any) -> None:
+    """Raise TypeError for complex numbers, whose imaginary parts NumPy would drop."""
+    if np.iscomplexobj(value): raise TypeError(f"{name} holds complex numbers; only real ones are allowed")
+
+
 def _finite(name: str, value: Any, shape: tuple | None = None) -> np.ndarray:
-    """`value` as a float64 array. Raises ValueError naming it for a wrong shape or a value that is not finite."""
+    """`value` as a float64 array. Raises ValueError naming it for a wrong shape or a value that is not finite, TypeError for complex numbers."""
+    _real(name, value)
     out = np.array(value, dtype=float)
     if shape is not None and out.shape != shape: raise ValueError(f"{name} has shape {out.shape}; it must be {shape}")
     if not np.isfinite(out).all(): raise ValueError(f"{name} holds {'NaN' if np.isnan(out).any() else 'infinity'}; all values must be finite")
@@ -34,9 +40,10 @@ def _weights(name: str, value: Any, n: int) -> np.ndarray:
 class Columns:
     """A data matrix (rows, n), dense or scipy.sparse, with quick access to blocks of columns.
 
-    Dense data are kept in Fortran order (a column is contiguous), sparse data as CSC and CSR. Raises ValueError for NaN, infinity or another number of dimensions.
+    Dense data are kept in Fortran order (a column is contiguous), sparse data as CSC and CSR. Raises ValueError for NaN, infinity or another number of dimensions, TypeError for complex numbers.
     """
     def __init__(self, a: Any, name: str = "A"):
+        _real(name, a)
         self.sparse = sp.issparse(a)
         if self.sparse:
             self.csc = sp.csc_matrix(a, dtype=float)
@@ -199,9 +206,10 @@ class L1:
 
     - `problem`: the smooth f, or an `L1` / `Box` to extend; `lam`: number or (n,), not negative; `lower`, `upper`: numbers or (n,), infinite by default.
 
-    Raises ValueError for a negative or NaN lam, or bounds that cross.
+    Raises ValueError for a negative or NaN lam, or bounds that cross; TypeError for something that is no problem.
     """
     def __init__(self, problem: "Problem | L1", lam: Any = 0.0, lower: Any = -np.inf, upper: Any = np.inf):
+        if not isinstance(problem, (Problem, L1)): raise TypeError(f"problem is a {type(problem).__name__}; it must be a Problem such as LeastSquares(A, b), or L1 / Box around one")
         inner = problem if isinstance(problem, L1) else None
         self.smooth: Problem = inner.smooth if inner else problem
         self.n = n = self.smooth.n

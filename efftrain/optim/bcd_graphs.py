@@ -9,7 +9,7 @@ from typing import Any, Sequence
 import numpy as np
 import scipy.sparse as sp
 
-from .bcd_base import Columns, Problem, State, Step, _finite, _weights
+from .bcd_base import Columns, Problem, State, Step, _finite, _real, _weights
 
 # %% auto #0
 __all__ = ['Quadratic', 'LabelPropagation', 'is_forest', 'ForestSolver', 'red_black', 'tree_partition', 'ForestGrower']
@@ -115,12 +115,14 @@ class LabelPropagation(Quadratic):
     - `w`: (nodes, nodes) symmetric, not negative, dense or sparse, the diagonal is ignored; `labels`: (nodes,) numbers, NaN where unknown; `l2`: pull towards 0.
 
     The variables are the unknown nodes in order (`unknown`); `complete(x)` gives all labels. Raises ValueError when part of the graph has no label at all
-    (with l2 = 0 its labels are not determined), for negative weights or no unknown node.
+    (with l2 = 0 its labels are not determined), for negative weights, weights that are not symmetric, or no unknown node; TypeError for complex numbers.
     """
     def __init__(self, w: Any, labels: Any, l2: float = 0.0):
+        for name, value in dict(w=w, labels=labels).items(): _real(name, value)
         w = sp.csr_matrix(w, dtype=float, copy=True)
         if w.shape[0] != w.shape[1]: raise ValueError(f"w has shape {w.shape}; it must be square")
         if not np.isfinite(w.data).all() or (w.data < 0).any(): raise ValueError("w must hold finite weights that are not negative")
+        if (gap := abs(w - w.T).max() if w.nnz else 0.0) > 1e-10 * w.data.max(initial=1e-300): raise ValueError(f"w is not symmetric: w - w^T reaches {gap:g}; for a directed graph give w + w.T")
         labels = np.asarray(labels, dtype=float)
         if labels.shape != (w.shape[0],): raise ValueError(f"labels has shape {labels.shape}; it must be ({w.shape[0]},)")
         if np.isinf(labels).any(): raise ValueError("labels holds infinity; use NaN for an unknown label")

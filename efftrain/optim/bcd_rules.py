@@ -33,11 +33,14 @@ def fixed_blocks(problem: Problem, partition: str | Sequence[Sequence[int]] = "o
       "trees" (forests of it), or your own list of index lists.
     - `block_size`: variables in a block, the last may be smaller; not used by "red-black", "trees" and lists.
 
-    Raises ValueError for an unknown name, a block size outside [1, n], lists that do not cover each variable once. Source: section 2.1 and 5.2.
+    Raises ValueError for an unknown name, a block size outside [1, n], lists that do not cover each variable once; TypeError for lists of anything but whole numbers. Source: section 2.1 and 5.2.
     """
     n = problem.n
     if not isinstance(partition, str):
-        blocks = [np.sort(np.asarray(b, dtype=np.int64)) for b in partition]
+        blocks = [np.asarray(b) for b in partition]
+        for b in blocks:
+            if b.size and b.dtype.kind not in "iu": raise TypeError(f"partition holds the block {b.tolist()}; blocks are lists of whole numbers")
+        blocks = [np.sort(b.astype(np.int64)) for b in blocks]
         if not np.array_equal(np.sort(np.concatenate(blocks)) if blocks else [], np.arange(n)) or any(len(b) == 0 for b in blocks):
             raise ValueError(f"partition is a list of {len(blocks)} blocks that do not cover each of the {n} variables exactly once")
         return blocks
