@@ -360,3 +360,12 @@ def test_gradients_of_removed_weights_do_not_count_when_clipping():
     before = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
     pruner.after_backward()
     assert torch.nn.utils.get_total_norm([p.grad for p in model.parameters()]) < before
+
+
+@pytest.mark.parametrize("make, error, text", [
+    (lambda X, y: ScalingLaw(delta="x").fit(X, y), TypeError, "delta is 'x'"), (lambda X, y: ScalingLaw(delta=True).fit(X, y), TypeError, "delta is True"), (lambda X, y: ScalingLaw(polished=-1).fit(X, y), ValueError, "polished is -1"),
+    (lambda X, y: ScalingLaw(polished="a").fit(X, y), ValueError, "polished is 'a'"), (lambda X, y: ScalingLaw().fit(X + 0j, y), TypeError, "complex"), (lambda X, y: ScalingLaw().fit(X, y).optimal("a"), TypeError, "compute is 'a'"),
+    (lambda X, y: ScalingLaw().fit(X, y).optimal(True), TypeError, "compute is True")])
+def test_scaling_law_names_wrong_types(make, error, text):
+    X = np.exp(np.random.default_rng(0).uniform(10, 16, (8, 2)))
+    with pytest.raises(error, match=text): make(X, 1.7 + 400 / X[:, 0]**0.34 + 410 / X[:, 1]**0.28)

@@ -4,6 +4,7 @@
 __all__ = ['ScalingLaw']
 
 # %% ../../nbs/compress/scaling_law.ipynb #717a3d4e
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -101,6 +102,7 @@ class ScalingLaw(RegressorMixin, BaseEstimator):
         self.delta, self.starts, self.polished = delta, starts, polished
 
     def _check(self, X: Any, y: Any = None) -> tuple[np.ndarray, ...]:
+        if np.iscomplexobj(X) or np.iscomplexobj(y): raise TypeError("X and y must hold real numbers, not complex ones")
         X = np.asarray(X, dtype=float)
         if X.ndim != 2 or X.shape[1] != 2: raise ValueError(f"X has shape {X.shape}; it must be (runs, 2) with parameters N and tokens D")
         for name, column in (("N", X[:, 0]), ("D", X[:, 1])):
@@ -119,7 +121,9 @@ class ScalingLaw(RegressorMixin, BaseEstimator):
     def fit(self, X: Any, y: Any) -> "ScalingLaw":
         """Fit to runs `X` (n, 2) with losses `y` (n,); see the class. Deterministic."""
         N, D, y = self._check(X, y)
-        if not (np.isscalar(self.delta) and 0 < self.delta < np.inf): raise ValueError(f"delta is {self.delta!r}; it must be a positive number")
+        if isinstance(self.delta, bool) or not isinstance(self.delta, Real): raise TypeError(f"delta is {self.delta!r}; it must be a positive number")
+        if not 0 < self.delta < np.inf: raise ValueError(f"delta is {self.delta!r}; it must be a positive number")
+        if isinstance(self.polished, bool) or not isinstance(self.polished, (int, np.integer)) or self.polished < 1: raise ValueError(f"polished is {self.polished!r}; it must be a whole number of at least 1")
         self.n_features_in_, self._center = 2, np.array([np.log(N).mean(), np.log(D).mean()])
         self._data = np.log(N) - self._center[0], np.log(D) - self._center[1], np.log(y)
         if self.starts is None: starts = _default_starts(*self._data)
@@ -128,7 +132,7 @@ class ScalingLaw(RegressorMixin, BaseEstimator):
             if starts.ndim != 2 or starts.shape[1] != 5 or not np.isfinite(starts).all(): raise ValueError(f"starts has shape {starts.shape}; it must be (k, 5), finite: log A, log B, log E, alpha, beta")
             starts = self._centered(starts)
         theta, value = _descend(starts, *self._data, self.delta, 40)
-        order = np.argsort(value, kind="stable")[:max(int(self.polished), 1)]
+        order = np.argsort(value, kind="stable")[:self.polished]
         ends = [_polish(theta[i], *self._data, self.delta) for i in order]
         best = min(ends, key=lambda end: end[1])
         again, value = _descend(best[0], *self._data, self.delta, 60)
@@ -183,6 +187,7 @@ class ScalingLaw(RegressorMixin, BaseEstimator):
     def optimal(self, compute: float) -> tuple[float, float]:
         """(N, D) of lowest predicted loss with 6 N D = `compute` FLOPs (Hoffmann et al. 2022, eq. 4): N grows as compute^(beta / (alpha + beta)). Raises ValueError when an exponent is 0."""
         check_is_fitted(self, "params_")
+        if isinstance(compute, bool) or not isinstance(compute, Real): raise TypeError(f"compute is {compute!r}; it must be a positive number of FLOPs")
         if not 0 < compute < np.inf: raise ValueError(f"compute is {compute!r}; it must be a positive number of FLOPs")
         p = self.params_
         if min(p["alpha"], p["beta"]) <= 0: raise ValueError(f"params_ has alpha {p['alpha']} and beta {p['beta']}; both must be positive for an optimum to exist")
