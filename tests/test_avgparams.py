@@ -252,6 +252,18 @@ def test_weights_that_are_no_numbers_are_refused():
     with pytest.raises(ValueError, match="NaN"): Masks(model).prune(0.5)
 
 
+def test_masks_that_would_not_last_are_refused():
+    tied, normed, pruned = network(), network(), network()
+    tied[2].weight = tied[0].weight = nn.Parameter(torch.randn(12, 12))
+    with pytest.raises(ValueError, match="'0' and '2', which share one weight"): Masks(tied, ["0", "2"])
+    nn.utils.parametrizations.weight_norm(normed[0]); nn.utils.prune.l1_unstructured(pruned[0], "weight", 0.5)
+    for net in (normed, pruned):
+        with pytest.raises(ValueError, match="layer '0' has a weight that is computed"): Masks(net)
+        assert list(Masks(net, ["2"]).layers) == ["2"]
+    for density in (True, "0.5", None):
+        with pytest.raises(TypeError, match=f"density is {density!r}"): Masks(network()).prune(density)
+
+
 def test_masks_travel_in_one_bit_a_weight_and_refuse_others():
     masks = Masks(network()); masks.prune(0.3)
     state = masks.state_dict()

@@ -426,3 +426,14 @@ def test_bad_closures_parameters_and_masks():
     groups = len(opt.param_groups)
     with pytest.raises(ValueError, match="lr is -1"): opt.add_param_group(dict(params=nn.Parameter(torch.ones(1)), lr=-1))
     assert len(opt.param_groups) == groups
+
+
+def test_frozen_and_gappy_parameters_are_refused_before_anything_moves():
+    """ZOOptimizer needs no gradients, so it would move frozen weights as well; a tensor with gaps has no order of memory."""
+    w, frozen, gappy = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(2), requires_grad=False), nn.Parameter(torch.randn(6, 6)[:, ::2])
+    for bad, text in ((frozen, r"shape \(2,\) is frozen"), (gappy, r"strides \(6, 2\)")):
+        with pytest.raises(ValueError, match=text): ZOOptimizer([w, bad], 1e-3)
+        opt = ZOOptimizer([w], 1e-3)
+        with pytest.raises(ValueError, match=text): opt.add_param_group(dict(params=bad))
+        assert len(opt.param_groups) == 1 and len(opt._slots) == 1
+    ZOOptimizer([nn.Parameter(torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last))], 1e-3)

@@ -4,6 +4,7 @@
 __all__ = ['prunable_layers', 'largest', 'Masks']
 
 # %% ../../nbs/compress/masks.ipynb #19e1996d
+from numbers import Real
 from typing import Any, Callable, Mapping, Sequence
 
 import torch
@@ -37,7 +38,10 @@ def _layers(model: nn.Module, targets: Any) -> dict[str, nn.Module]:
             if not isinstance(getattr(modules[n], "weight", None), Tensor): raise ValueError(f"targets names {n!r}, a {type(modules[n]).__name__} without a weight; the prunable ones are {list(prunable_layers(model))}")
         found = {n: modules[n] for n in dict.fromkeys(names)}
     if not found: raise ValueError(f"targets={targets!r}: {type(model).__name__} has no layer to prune; linear layers in its backbone are needed, or names of layers in targets")
+    owners: dict[int, str] = {}
     for n, m in found.items():
+        if not isinstance(m._parameters.get("weight"), nn.Parameter): raise ValueError(f"layer {n!r} has a weight that is computed at each call (torch.nn.utils.parametrize or prune, or a compressed layer); a mask would not last: make it a parameter again, or leave it out of targets")
+        if (other := owners.setdefault(id(m.weight), n)) != n: raise ValueError(f"targets names {other!r} and {n!r}, which share one weight; name one of them")
         if type(m.weight).__name__ == "DTensor": raise NotImplementedError(f"layer {n!r} is sharded (DTensor); prune before sharding")
         if not m.weight.is_floating_point(): raise ValueError(f"layer {n!r} has weights of {m.weight.dtype}; only floating-point weights can be pruned")
     return found
@@ -138,6 +142,7 @@ class Masks:
         As many are removed as `torch.nn.utils.prune` removes: round((1 - density) n). Raises ValueError for a density or scope that is not allowed, or weights that are not numbers.
         """
         if scope not in ("uniform", "global"): raise ValueError(f"scope is {scope!r}; allowed are 'uniform' and 'global'")
+        if isinstance(density, bool) or not isinstance(density, Real): raise TypeError(f"density is {density!r}; it must be a number in [0, 1]")
         if not 0 <= density <= 1: raise ValueError(f"density is {density!r}; it must lie in [0, 1]")
         if scores is not None and (wrong := {n: tuple(s.shape) for n, s in scores.items() if n not in self.layers or s.shape != self.layers[n].weight.shape} or set(self.layers) - set(scores)):
             raise ValueError(f"scores does not fit {wrong}; it needs one tensor of the weight's shape for each of {list(self.layers)}")

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from .base import check_betas, check_flag, check_lr, check_number, local_shards, set_defaults, zeros_state
 from .zo_estimator import ZOLog, _whole, rge
-from .zo_random import add_normal_, combine, normal
+from .zo_random import add_normal_, check_strides, combine, normal
 
 # %% ../../nbs/optim/zo.ipynb #c9cb8fa7
 METHODS = ("sgd", "sign", "scalar_sign", "momentum", "conservative", "adam", "forward_grad")
@@ -81,6 +81,8 @@ class ZOOptimizer(Optimizer):
         try:
             for p in added["params"]:
                 if not p.is_floating_point(): raise ValueError(f"a parameter of shape {tuple(p.shape)} is {p.dtype}; ZOOptimizer takes real floating-point parameters")
+                if not p.requires_grad: raise ValueError(f"a parameter of shape {tuple(p.shape)} is frozen (requires_grad is False), but ZOOptimizer moves all that it is given; pass [p for p in model.parameters() if p.requires_grad]")
+                check_strides(local_shards([p.detach()])[0])
                 if id(p) in taken: raise ValueError(f"a parameter of shape {tuple(p.shape)} is also trained by hybrid; each parameter is trained one way")
         except ValueError: self.param_groups.pop(); raise
         first = len(self._slots)
