@@ -9,10 +9,10 @@ from hypothesis import given, settings, strategies as st
 from safetensors.torch import load_file, save_file
 from sklearn.cluster import KMeans
 from torch import nn
-from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
+from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
-from efftrain.compress.jlcm import JLCM, compress, compressible_layers, footprint, model_bytes
-from efftrain.compress.jlcm_codebook import CodebookConv2d, CodebookLinear, kmeans_1d, load_compressed, pack_bits, quantize, quantize_rtn, swap, unpack_bits, weight_matrix
+from efftrain.compress.jlcm import JLCM, compress, compressible_layers, footprint, layer_statistics, model_bytes
+from efftrain.compress.jlcm_codebook import CodebookConv2d, CodebookLinear, borders_pay, kmeans_1d, load_compressed, pack_bits, quantize, quantize_rtn, swap, unpack_bits, weight_matrix
 from efftrain.compress.jlcm_mapping import RULES, gaps, learn_layer, mapping_gradient, move_weights
 from efftrain.compress.jlcm_reorder import Chain, describe_rows, find_chains, group_rows, reorder
 from efftrain.models import cnn, llama, mlp, vit
@@ -134,11 +134,32 @@ def norm_net():
     return net
 
 
+def attention(kv):
+    """Four query heads on `kv` value heads, with biases."""
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=50, hidden_size=64, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=kv, attention_bias=True))
+    for p in model.parameters(): nn.init.normal_(p, std=0.2, generator=generator(1))
+    return model
+
+
+def mobile():
+    net = nn.Sequential(nn.Conv2d(2, 8, 1), nn.BatchNorm2d(8), nn.ReLU6(), nn.Conv2d(8, 8, 3, stride=2, padding=1, groups=8, bias=False), nn.BatchNorm2d(8), nn.ReLU6(), nn.Conv2d(8, 12, 1), nn.ReLU(), nn.Conv2d(12, 6, 3, groups=3))
+    for i, p in enumerate(net.parameters()): nn.init.uniform_(p, -1, 1, generator=generator(i))
+    net(torch.randn(64, 2, 8, 8, generator=generator(2)))
+    return net.eval()
+
+
+def allowed_order(chain, units, seed=4):
+    """A random order of `units`, within each head where the chain has heads."""
+    size, g = units // max(chain.heads, 1), generator(seed)
+    return torch.cat([start + torch.randperm(size, generator=g) for start in range(0, units, size)])
+
+
 MODELS = {"mlp": (lambda: mlp([9, 12, 7, 3]), lambda: torch.randn(5, 9), 2), "norms": (norm_net, lambda: torch.randn(5, 9), 2), "conv-bn-conv": (lambda: cnn(6), lambda: torch.randn(3, 1, 16, 16), 3),
           "nested": (lambda: nn.Sequential(nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU()), nn.Sequential(nn.Conv2d(4, 5, 3), nn.Flatten(), nn.Linear(5 * 16, 2))), lambda: torch.randn(2, 1, 8, 8), 2),
-          "llama": (lambda: llama(32, 2), lambda: torch.arange(9)[None], 2), "vit": (lambda: vit(32, 2), lambda: torch.randn(2, 1, 28, 28), 2),
+          "llama": (lambda: llama(32, 2), lambda: torch.arange(9)[None], 4), "vit": (lambda: vit(32, 2), lambda: torch.randn(2, 1, 28, 28), 4), "depthwise": (mobile, lambda: torch.randn(3, 2, 8, 8), 1),
+          **{f"{kv} value heads": (lambda kv=kv: attention(kv), lambda: torch.arange(9)[None], 4) for kv in (4, 2, 1)}, "opt": (lambda: OPTForCausalLM(OPTConfig(vocab_size=50, hidden_size=16, ffn_dim=24, num_hidden_layers=1, num_attention_heads=2, word_embed_proj_dim=16)), lambda: torch.arange(9)[None], 2),
           "gpt2": (lambda: GPT2LMHeadModel(GPT2Config(vocab_size=50, n_positions=16, n_embd=16, n_layer=2, n_head=2, bos_token_id=None, eos_token_id=None)), lambda: torch.arange(9)[None], 2),
-          "bert": (lambda: BertModel(BertConfig(vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24)), lambda: torch.arange(9)[None], 2)}
+          "bert": (lambda: BertModel(BertConfig(vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24)), lambda: torch.arange(9)[None], 4)}
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -147,7 +168,7 @@ def test_reordering_preserves_the_function(kind):
     model, x = make().eval(), data()
     chains = find_chains(model)
     assert len(chains) == expected
-    moved = reorder(copy.deepcopy(model), [(c, torch.randperm(len(weight_matrix(model.get_submodule(c.rows[0]))), generator=generator(4))) for c in chains])
+    moved = reorder(copy.deepcopy(model), [(c, allowed_order(c, len(weight_matrix(model.get_submodule(c.rows[0]))))) for c in chains])
     with torch.no_grad(): a, b = logits(model, x), logits(moved, x)
     torch.testing.assert_close(a, b, rtol=0, atol=1e-6 * max(1.0, float(a.abs().max())))
     assert any(not torch.equal(p, q) for p, q in zip(model.parameters(), moved.parameters()))
@@ -159,6 +180,43 @@ def test_unsafe_neighbours_form_no_chain():
         def forward(self, x): return x + super().forward(x)
     assert find_chains(nn.Sequential(nn.Linear(8, 8), Residual(nn.Linear(8, 8)), nn.Linear(8, 2))) == []
     assert find_chains(nn.Sequential(nn.Conv2d(4, 8, 3), nn.Conv2d(8, 8, 3, groups=2))) == []
+
+
+class Attention(nn.Module):
+    """Attention by name, with what `extra` adds; a query projection of more rows than needed stands for a gate."""
+    head_dim = 4
+    def __init__(self, queries=16, **extra):
+        super().__init__()
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = nn.Linear(16, queries), nn.Linear(16, 8), nn.Linear(16, 8), nn.Linear(16, 16)
+        for name, module in extra.items(): self.add_module(name, module)
+
+
+def test_values_move_within_their_heads_alone():
+    chain, = find_chains(Attention())
+    assert chain == Chain(("v_proj",), ("o_proj",), heads=2)
+    assert find_chains(Attention(queries=32)) == [] and find_chains(Attention(v_norm=nn.LayerNorm(8))) == [] and find_chains(Attention(q_norm=nn.LayerNorm(4))) == [chain]
+    model = Attention(); before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match="between its 2 heads"): reorder(model, [(chain, torch.arange(8).flip(0))])
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    w = torch.randn(24, 10, generator=generator()) * torch.logspace(-1, 1, 24)[torch.randperm(24, generator=generator(1)), None]
+    order, labels = group_rows(w, 3, blocks=4)
+    assert torch.equal(labels, group_rows(w, 3)[1]) and torch.equal(order // 6, torch.arange(24) // 6) and (labels[order].view(4, 6).diff(dim=1) >= 0).all()
+    for blocks in (0, 5, True):
+        with pytest.raises(ValueError, match="blocks is"): group_rows(w, 3, blocks)
+
+
+@pytest.mark.parametrize("groups", [2, 4, 16, 17])  # four heads of 32 rows: 4, 12, 60 and 64 bytes of borders against 16, 32, 64 and 80 of group numbers
+def test_groups_in_heads_are_stored_the_shorter_way(groups):
+    rows = torch.stack([torch.randint(0, groups, (32,), generator=generator(h)).sort().values for h in range(4)]).view(-1)  # 4 heads of 32 rows
+    dense = nn.Linear(6, 128); pay = borders_pay(128, groups, 4)
+    assert pay == (4 * (groups - 1) < 128 * int(np.ceil(np.log2(groups))) / 8)
+    q = CodebookLinear(torch.randint(0, 4, (128, 6), generator=generator()), torch.randn(groups, 4), row_groups=rows, blocks=4)
+    assert q.groups_of_rows().tolist() == rows.tolist() and (q.borders is not None) == pay and (not pay or q.borders.shape == (4, groups - 1) and q.borders.dtype == torch.uint8)
+    again = load_compressed(nn.Sequential(dense), {f"0.{k}": v for k, v in q.state_dict().items()} | {"0.bias": dense.bias.detach()})
+    assert torch.equal(again[0].decode(), q.decode()) and again[0].nbytes() == q.nbytes() + 128 * 4
+    one = CodebookLinear(torch.zeros(8, 2, dtype=torch.long), torch.randn(2, 4), row_groups=torch.arange(8) // 4, blocks=2)
+    assert one.borders.tolist() == [4], "groups that ascend over all rows need one border"
+    with pytest.raises(ValueError, match="blocks is 3"): CodebookLinear(torch.zeros(8, 2, dtype=torch.long), torch.randn(2, 4), row_groups=torch.arange(8) % 2, blocks=3)
 
 
 def test_a_refused_plan_changes_nothing():
@@ -307,6 +365,41 @@ def test_nothing_but_sorting_happens_when_entries_suffice():
     torch.testing.assert_close(model(x).detach(), before, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("group_param", ["codebook", "scale"])
+def test_convolutions_in_groups_learn_on_their_own_inputs(group_param, tmp_path):
+    model, x = mobile(), torch.randn(40, 2, 8, 8, generator=generator(1)); dense = copy.deepcopy(model)
+    with torch.no_grad(): gram, cross, energy = layer_statistics(model, model, ["8"], [x[:15], x[15:]])
+    assert gram.shape == (3, 36, 36)
+    with torch.no_grad(): inputs, outputs = model[:8](x), model(x)
+    patches = nn.functional.unfold(inputs, 3).transpose(1, 2).reshape(-1, 12 * 9)
+    for part in range(3): torch.testing.assert_close(gram[part], patches[:, 36 * part:36 * part + 36].T @ patches[:, 36 * part:36 * part + 36], rtol=1e-4, atol=1e-4)
+    assert energy["8"] == pytest.approx(float((outputs - dense[8].bias.detach()[:, None, None]).square().sum()), rel=1e-4)
+    r = learn_layer(weight_matrix(model[8]), gram, cross=cross["8"], energy=energy["8"], bits=2, row_groups=torch.arange(6) % 2, group_param=group_param, steps=80, lr_map=0.03, lr_code=0.01)
+    table = r.codebook if r.scale is None else r.scale[:, None] * r.codebook
+    small = copy.deepcopy(dense); small[8].weight.data = table[(torch.arange(6) % 2)[:, None], r.codes].view(6, 4, 3, 3)
+    with torch.no_grad(): real = float((small(x) - outputs).square().sum()) / energy["8"]
+    assert real == pytest.approx(r.error, rel=1e-3) and r.error < 0.9 * r.start
+    report = compress(model, x, bits=2, groups=2, group_param=group_param, steps=20)
+    assert list(report.layers.name) == ["0", "3", "6", "8"] and list(report.layers.order) == ["sorted", "sorted", "stored", "stored"] and report.flops_after == report.flops_before
+    save_file(model.state_dict(), tmp_path / "m.safetensors")
+    assert torch.equal(load_compressed(mobile(), load_file(tmp_path / "m.safetensors"))(x), model(x))
+    with pytest.raises(ValueError, match="number of these"): learn_layer(weight_matrix(dense[8]), gram[:2][:, :35, :35])
+
+
+def test_values_are_sorted_in_their_heads_and_the_function_stays():
+    """8 bits for 8-bit weights: nothing but reordering happens, in every layer."""
+    model, x = attention(2).eval(), torch.randint(0, 50, (4, 12), generator=generator())
+    for m in compressible_layers(model).values(): m.weight.data = torch.randint(-20, 20, m.weight.shape, generator=generator(5)).float() / 100
+    with torch.no_grad(): before = model(x).logits
+    report = compress(model, x, bits=8, groups=3, steps=2)
+    by_name = report.layers.set_index("name")
+    assert by_name.loc["model.layers.1.self_attn.v_proj", "order"] == "in heads" and model.model.layers[1].self_attn.v_proj.borders.shape == (2, 2)
+    with torch.no_grad(): torch.testing.assert_close(model(x).logits, before, rtol=1e-4, atol=1e-4)
+    model, twin = attention(2).eval(), attention(2).eval()
+    sizes = [compress(m, x, bits=3, groups=4, steps=0, reorder=how).bytes_after for m, how in ((model, "auto"), (twin, "store"))]
+    assert sizes[0] < sizes[1]
+
+
 def test_fit_leaves_the_model_alone_and_transform_takes_only_that_model():
     model, x = trained("cnn"); before = copy.deepcopy(model.state_dict()); model.train()
     method = JLCM(bits=2, groups=2, steps=3)
@@ -378,7 +471,7 @@ X = torch.randn(10, 6, generator=generator())
     (Twice, torch.randn(3, 4), dict(groups=1), ValueError, "called 2 times"), (tied, X, dict(groups=1), ValueError, "shares its weight"), (Half, X, dict(groups=2), ValueError, "changes the outputs"),
     (lambda: nn.Sequential(nn.Embedding(4, 4)), torch.zeros(1, dtype=torch.long), {}, ValueError, "no layer to compress"), (lambda: mlp([6, 8, 3]), X, dict(mapping="nearest"), ValueError, "mapping is 'nearest'"),
     (lambda: mlp([6, 8, 3]), X, dict(phi="linear"), ValueError, "phi is 'linear'"), (lambda: mlp([6, 8, 3]), X, dict(group_param="table"), ValueError, "group_param is"), (lambda: mlp([6, 8, 3]), X, dict(steps=-1), ValueError, "steps is -1"),
-    (lambda: mlp([6, 8, 3]), X, dict(lr_map=float("nan")), ValueError, "lr_map is nan"), (lambda: mlp([6, 8, 3]), X, dict(targets=["9"], groups=1), ValueError, "targets names '9'"), (lambda: nn.Conv2d(2, 4, 3, groups=2), torch.randn(1, 2, 5, 5), {}, ValueError, "no layer to compress")])
+    (lambda: mlp([6, 8, 3]), X, dict(lr_map=float("nan")), ValueError, "lr_map is nan"), (lambda: mlp([6, 8, 3]), X, dict(targets=["9"], groups=1), ValueError, "targets names '9'"), (lambda: nn.Sequential(nn.Conv2d(2, 4, 3, padding=1, padding_mode="reflect")), torch.randn(1, 2, 5, 5), dict(targets=["0"]), ValueError, "layer '0' is a convolution with padding_mode='reflect'")])
 def test_wrong_input_is_named_and_the_model_stays(model, batches, options, error, word):
     model = model(); before = copy.deepcopy(model.state_dict())
     with pytest.raises(error, match=word): compress(model, batches, **options)

@@ -13,16 +13,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .jlcm_codebook import _Codebook, _bits, _check_layer, _width, is_linear, make_layer, swap, weight_matrix
+from .jlcm_codebook import _Codebook, _bits, _check_layer, borders_pay, is_linear, make_layer, swap, weight_matrix
 from .jlcm_mapping import PHIS, RULES, _allowed, learn_layer
 from .jlcm_reorder import Chain, find_chains, group_rows, reorder
 from .masks import prunable_layers
 
 # %% ../../nbs/compress/jlcm.ipynb #cb21a1e3
 def compressible_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Name -> layer that `JLCM` compresses by default, in the order of `model.named_modules()`: those of `efftrain.compress.masks.prunable_layers` (linear layers of the backbone, transformers' `Conv1D`) and `nn.Conv2d` without groups, padded with zeros."""
+    """Name -> layer that `JLCM` compresses by default, in the order of `model.named_modules()`: those of `efftrain.compress.masks.prunable_layers` (linear layers of the backbone, transformers' `Conv1D`) and `nn.Conv2d` padded with zeros, in groups too."""
     linear = {id(m) for m in prunable_layers(model).values()}
-    return {n: m for n, m in model.named_modules() if id(m) in linear or type(m) is nn.Conv2d and m.groups == 1 and m.padding_mode == "zeros"}
+    return {n: m for n, m in model.named_modules() if id(m) in linear or type(m) is nn.Conv2d and m.padding_mode == "zeros"}
 
 
 def _targets(model: nn.Module, targets: Any) -> dict[str, nn.Module]:
@@ -86,9 +86,10 @@ def _stages(model: nn.Module, layers: Mapping[str, nn.Module], batch: Any) -> li
 
 
 def _columns(layer: nn.Module, x: Tensor) -> Tensor:
-    """Inputs of a layer as rows (samples, columns of its weight matrix)."""
+    """Inputs of a layer as rows (samples, columns of its weight matrix); (groups, samples, columns) for a convolution in groups, each of which sees channels of its own."""
     if is_linear(layer): return x.reshape(-1, x.shape[-1]).float()
     x = F.unfold(F.pad(x.float(), layer._reversed_padding_repeated_twice), layer.kernel_size, layer.dilation, 0, layer.stride)
+    if layer.groups > 1: return x.unflatten(1, (layer.groups, -1)).permute(1, 0, 3, 2).flatten(1, 2)
     return x.transpose(1, 2).reshape(-1, x.shape[1])
 
 
@@ -100,7 +101,7 @@ def _rows(layer: nn.Module, y: Tensor) -> Tensor:
 
 
 def layer_statistics(dense: nn.Module, model: nn.Module, stage: Sequence[str], batches: Sequence) -> tuple[Tensor, dict[str, Tensor], dict[str, float]]:
-    """What `efftrain.compress.jlcm_mapping.learn_layer` needs: X X^T of the inputs of `stage` in `model` (columns, columns), and for each layer Y X^T (rows, columns) and ||Y||^2 with the outputs Y (without bias) of `dense`.
+    """What `efftrain.compress.jlcm_mapping.learn_layer` needs: X X^T of the inputs of `stage` in `model` (columns, columns; with a leading dimension for a convolution in groups), and for each layer Y X^T (rows, columns) and ||Y||^2 with the outputs Y (without bias) of `dense`.
 
     `stage`: names of layers that read the same tensor, in the order of their calls. `batches`: list of inputs, each a tensor or a dict of keyword arguments. `dense` and `model` may be one model. Runs as the models are: put them in evaluation mode, without gradients.
     """
@@ -123,10 +124,10 @@ def layer_statistics(dense: nn.Module, model: nn.Module, stage: Sequence[str], b
         run(dense, batch, [m.register_forward_hook(outputs(n)) for n, m in zip(stage, source)])
         run(model, batch, [target[0].register_forward_pre_hook(inputs)])
         x = _columns(target[0], seen["input"])
-        gram = gram + x.T @ x
+        gram = gram + x.mT @ x
         for n, m in zip(stage, source):
             y = _rows(m, seen[n])
-            cross[n] = cross[n] + y.T @ x
+            cross[n] = cross[n] + (y.T @ x if x.ndim == 2 else (y.T.unflatten(0, (len(x), -1)) @ x).flatten(0, 1))
             energy[n] += float(y.square().sum(dtype=torch.float64))
     return gram, cross, energy
 
@@ -156,7 +157,7 @@ def footprint(model: nn.Module, bits: int, groups: int = 4, group_param: str = "
 @dataclass
 class Report:
     """What compression did. `bytes_before`, `bytes_after`: all tensors of the model; `flops_before`, `flops_after`: forward pass of the first batch by PyTorch's counter; `layers`: DataFrame with one row a layer:
-    name, rows, weights, groups, order ("sorted", "stored" or "as is"), bytes_before, bytes_after, bits_per_weight, error_kmeans and error (relative squared output error on the calibration inputs before and after learning)."""
+    name, rows, weights, groups, order ("sorted", "in heads": sorted within each, "stored" or "as is"), bytes_before, bytes_after, bits_per_weight, error_kmeans and error (relative squared output error on the calibration inputs before and after learning)."""
     bytes_before: int
     bytes_after: int
     flops_before: int
@@ -202,9 +203,10 @@ class JLCM:
             names = [n for n in chain.rows if n in layers]
             if not names or max(wanted[n] for n in names) == 1: continue
             if len({wanted[n] for n in names}) > 1: raise ValueError(f"groups differs for {names}, which share one order of hidden units; give them the same number")
-            order, labels = group_rows([weight_matrix(layers[n]) for n in names], wanted[names[0]])
+            if not borders_pay(len(weight_matrix(layers[names[0]])), wanted[names[0]], chain.heads or 1): continue
+            order, labels = group_rows([weight_matrix(layers[n]) for n in names], wanted[names[0]], chain.heads or 1)
             plan.append((chain, order))
-            for n in names: groups[n], kinds[n] = labels[order], "sorted"
+            for n in names: groups[n], kinds[n] = labels[order], "in heads" if chain.heads > 1 else "sorted"
         for n, m in layers.items():
             if n in groups: continue
             rows = len(weight_matrix(m))
@@ -228,7 +230,7 @@ class JLCM:
         layers = _targets(model, targets)
         chains = find_chains(model) if self.reorder in ("auto", "free") else []
         plan, groups, kinds = self._arrange(layers, chains)
-        orders = {n: order for chain, order in plan for n in chain.rows}
+        orders, blocks = {n: order for chain, order in plan for n in chain.rows}, {n: chain.heads or 1 for chain, _ in plan for n in chain.rows}
         before, found, table = model_bytes(model), {}, []
         with _evaluating(model):
             stages = _stages(model, layers, batches[0])
@@ -244,11 +246,11 @@ class JLCM:
                 for n in stage:
                     layer, order = work.get_submodule(n), orders.get(n)
                     if not torch.isfinite(gram).all(): raise ValueError(f"inputs of layer {n!r} are not finite on the calibration data")
-                    if not gram.diagonal().any() or not energy[n] > 0: raise ValueError(f"inputs of layer {n!r} are all zero on the calibration data; nothing can be learned from them")
+                    if not gram.diagonal(dim1=-2, dim2=-1).any() or not energy[n] > 0: raise ValueError(f"inputs of layer {n!r} are all zero on the calibration data; nothing can be learned from them")
                     C = cross[n] if order is None else cross[n][order.to(cross[n].device)]
                     r = learn_layer(weight_matrix(layer), gram, cross=C, energy=energy[n], bits=self.bits, row_groups=groups[n], group_param=self.group_param if int(groups[n].max()) else "codebook", rule=self.mapping, phi=self.phi,
                                     steps=self.steps, lr_map=self.lr_map, lr_code=self.lr_code)
-                    found[n] = make_layer(layer, r.codes, r.codebook, row_groups=groups[n], scale=r.scale)
+                    found[n] = make_layer(layer, r.codes, r.codebook, row_groups=groups[n], scale=r.scale, blocks=blocks.get(n, 1))
                     old, new = layer.weight.numel() * layer.weight.element_size(), found[n].nbytes() - (0 if layer.bias is None else layer.bias.numel() * layer.bias.element_size())
                     table.append(dict(name=n, rows=len(groups[n]), weights=layer.weight.numel(), groups=int(groups[n].max()) + 1, order=kinds[n], bytes_before=old, bytes_after=new, bits_per_weight=8 * new / layer.weight.numel(), error_kmeans=r.start, error=r.error))
                     swap(work, n, found[n])

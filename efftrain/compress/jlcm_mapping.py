@@ -40,22 +40,26 @@ def move_weights(codebook: Tensor, rule: str = "proximal", phi: str = "inverse")
 
 
 def mapping_gradient(grad: Tensor, codes: Tensor, codebook: Tensor, row_groups: Tensor, *, rule: str = "proximal", phi: str = "inverse", logits: Tensor | None = None, first: Tensor | None = None) -> Tensor:
-    """Gradient of the logits (rows, columns, candidates) from that of the decoded weights.
+    """Gradient of the logits (rows, columns, candidates) from that of the decoded weights. In memory the candidates come first: with few of them, that is many times faster.
 
     - `grad`: dL/d(decoded weight) (rows, columns). `codes`: entry in use, whole numbers (rows, columns). `codebook`: (G, K); `row_groups`: (rows,).
     - `rule`: "proximal", "straight_through" or "softmax" (needs `logits`); `phi`: "inverse" or "exp", of the proximal rule.
     - `first`: first candidate entry of each weight (rows, columns) when the logits cover only some neighbouring entries; None when they cover all.
     """
     _allowed(rule=(rule, RULES[:3]))
+    K = codebook.shape[1]
     if rule == "softmax":
-        p = logits.softmax(-1)
-        values = codebook[row_groups][:, None, :].expand(*codes.shape, -1)
-        if first is not None: values = values.gather(2, first[..., None] + torch.arange(logits.shape[-1], device=codes.device))
-        return p * (values - (p * values).sum(-1, keepdim=True)) * grad[..., None]
-    table, K = move_weights(codebook, rule, phi).reshape(-1, codebook.shape[1]), codebook.shape[1]
-    row = codes + (row_groups * K)[:, None]
-    if first is None: return table.index_select(0, row.reshape(-1)).view(*codes.shape, K) * grad[..., None]
-    return table.reshape(-1)[(row * K + first)[..., None] + torch.arange(5, device=codes.device)] * grad[..., None]
+        p, values = logits.movedim(-1, 0).softmax(0), _candidates(codebook, row_groups, codes.shape[1], first)
+        return (p * (values - (p * values).sum(0)) * grad).movedim(0, -1)
+    table, row = move_weights(codebook, rule, phi).reshape(-1, K), codes + (row_groups * K)[:, None]
+    pull = table.T.contiguous().index_select(1, row.reshape(-1)).view(K, *codes.shape) if first is None else table.reshape(-1)[row * K + first + torch.arange(5, device=codes.device)[:, None, None]]
+    return (pull * grad).movedim(0, -1)
+
+
+def _candidates(codebook: Tensor, row_groups: Tensor, columns: int, first: Tensor | None) -> Tensor:
+    """Entries that each weight may take (candidates, rows, columns): all of its row's codebook, or five from `first` on."""
+    if first is None: return codebook.T[:, row_groups, None].expand(-1, -1, columns)
+    return codebook.reshape(-1)[(row_groups * codebook.shape[1])[:, None] + first + torch.arange(5, device=first.device)[:, None, None]]
 
 # %% ../../nbs/compress/jlcm_mapping.ipynb #00d1fd78
 @dataclass
@@ -98,7 +102,8 @@ def learn_layer(weight: Tensor, gram: Tensor, *, cross: Tensor | None = None, en
                 steps: int = 200, lr_map: float = 0.1, lr_code: float = 3e-2) -> Learned:
     """Learn the codes and the codebook of one weight matrix on the layer's own output error, from the k-means start.
 
-    - `weight`: dense weight (rows, columns). `gram`: X X^T of the inputs (columns, columns). `cross`: Y X^T (rows, columns) of dense outputs with these inputs, default weight @ gram. `energy`: ||Y||^2, default that of the dense layer on these inputs.
+    - `weight`: dense weight (rows, columns). `gram`: X X^T of the inputs (columns, columns), or (parts, columns, columns) when each of as many equal blocks of rows has inputs of its own (a convolution in groups).
+    - `cross`: Y X^T (rows, columns) of dense outputs with these inputs, default weight @ gram. `energy`: ||Y||^2, default that of the dense layer on these inputs.
     - `bits`, `row_groups` (rows,), `group_param`: as in `efftrain.compress.jlcm_codebook.quantize`.
     - `rule`, `phi`: gradient of the mapping, see `mapping_gradient`; "latent" rounds a latent weight to the nearest entry.
     - `steps`: updates; 0 leaves the k-means start. `lr_map`: size of a step of the logits (in mean gaps of the codebook: a logit starts at minus the distance of its entry), or of the latent weights; `lr_code`: of the codebook and scales, in root mean squares of their group. Both fall linearly to zero.
@@ -108,12 +113,14 @@ def learn_layer(weight: Tensor, gram: Tensor, *, cross: Tensor | None = None, en
     _allowed(rule=(rule, RULES), phi=(phi, PHIS), group_param=(group_param, ("codebook", "scale")))
     R, M = weight.shape
     w, H = weight.detach().float(), gram.detach().to(weight.device, torch.float32)
-    if H.shape != (M, M) or cross is not None and cross.shape != (R, M): raise ValueError(f"gram has shape {tuple(gram.shape)}" + (f", cross {tuple(cross.shape)}" if cross is not None else "") + f"; a weight of {(R, M)} needs {(M, M)} and {(R, M)}")
+    if H.ndim not in (2, 3) or H.shape[-2:] != (M, M) or H.ndim == 3 and (not len(H) or R % len(H)) or cross is not None and cross.shape != (R, M):
+        raise ValueError(f"gram has shape {tuple(gram.shape)}" + (f", cross {tuple(cross.shape)}" if cross is not None else "") + f"; a weight of {(R, M)} needs {(M, M)} (or a number of these that divides {R}) and {(R, M)}")
+    times_gram = lambda a: a @ H if H.ndim == 2 else (a.unflatten(0, (len(H), -1)) @ H).flatten(0, 1)
     for name, value, low in (("steps", steps, 0), ("lr_map", lr_map, 0), ("lr_code", lr_code, 0)):
         if isinstance(value, bool) or not value >= low or (name == "steps" and not isinstance(value, int)): raise ValueError(f"{name} is {value!r}; it must be at least {low}" + (" and whole" if name == "steps" else ""))
-    C = w @ H if cross is None else cross.to(w)
-    energy = float((w * (w @ H)).sum()) if energy is None else float(energy)
-    if not energy > 0 or not H.diagonal().any(): raise ValueError("gram is zero or gives no output: the calibration inputs of this layer are all zero")
+    C = times_gram(w) if cross is None else cross.to(w)
+    energy = float((w * times_gram(w)).sum()) if energy is None else float(energy)
+    if not energy > 0 or not H.diagonal(dim1=-2, dim2=-1).any(): raise ValueError("gram is zero or gives no output: the calibration inputs of this layer are all zero")
     rows = torch.zeros(R, dtype=torch.long, device=w.device) if row_groups is None else row_groups.long().to(w.device)
     codes, book, scale = kmeans_codebooks(w, bits, rows, group_param)
     G, K = int(rows.max()) + 1, 2**bits
@@ -122,13 +129,12 @@ def learn_layer(weight: Tensor, gram: Tensor, *, cross: Tensor | None = None, en
     value = table()
     mean_gap = gaps(value)[1][rows][:, None]
     first, width = (None, K) if K <= 16 else ((codes - 2).clamp_(0, K - 5), 5)
-    candidates = lambda v: v[rows][:, None, :].expand(R, M, K) if first is None else v.reshape(-1)[(rows[:, None] * K + first)[..., None] + torch.arange(5, device=w.device)]
-    state = w.clone() if rule == "latent" else -(candidates(value) - w[..., None]).abs() / mean_gap[..., None]
+    state = w.clone() if rule == "latent" else (-(_candidates(value, rows, M, first) - w).abs() / mean_gap).movedim(0, -1)
     move_z, move_c, move_s = _Step(state, False), _Step(book, True), None if scale is None else _Step(scale, True)
     flat, best, trace = rows[:, None] * K, None, []
     for t in range(steps + 1):
         decoded = value.reshape(-1)[codes + flat]
-        product = decoded @ H
+        product = times_gram(decoded)
         loss = 1 + float((decoded * (product - 2 * C)).sum(dtype=torch.float64)) / energy if cross is not None else float(((decoded - w) * (product - C)).sum(dtype=torch.float64)) / energy
         loss = max(loss, 0.0)  # rounding
         trace.append(loss)
@@ -145,7 +151,7 @@ def learn_layer(weight: Tensor, gram: Tensor, *, cross: Tensor | None = None, en
             book, scale = book - lr_code * decay * step_c, scale - lr_code * decay * scale * step_s
         value = table()
         if rule == "latent": codes = _nearest(state, value, rows)
-        else: codes = state.argmax(-1) if first is None else state.argmax(-1) + first
+        else: codes = state.movedim(-1, 0).max(0).indices + (0 if first is None else first)
         if first is None and scale is None and t % 20 == 19 and t < steps - 20: _reseed(book, state, codes, w, value, rows, move_c)
     return Learned(best[1], best[2].to(weight.dtype), None if best[3] is None else best[3].to(weight.dtype), trace[0], best[0], trace)
 

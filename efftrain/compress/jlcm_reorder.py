@@ -21,32 +21,37 @@ def describe_rows(weight: Tensor) -> Tensor:
     return features.clamp_min(1e-12).log()
 
 
-def group_rows(weights: Tensor | Sequence[Tensor], groups: int) -> tuple[Tensor, Tensor]:
+def group_rows(weights: Tensor | Sequence[Tensor], groups: int, blocks: int = 1) -> tuple[Tensor, Tensor]:
     """Rows sorted by likeness and cut into groups: `(order, row_groups)`, both int64 (rows,).
 
     - `weights`: matrix (rows, columns), or several with the same rows that share one permutation (gate and up projections). `groups`: how many, at most one a row.
+    - `blocks`: rows are sorted within each of that many equal blocks (heads); groups are those of all rows.
 
-    `order[j]` is the row that comes to place j; `row_groups[i]` is the group of row i in the old places, so `row_groups[order]` ascends. Ties keep their order. Fewer groups come out when fewer rows differ.
-    Raises ValueError for groups outside 1..rows.
+    `order[j]` is the row that comes to place j; `row_groups[i]` is the group of row i in the old places, so `row_groups[order]` ascends (in each block). Ties keep their order. Fewer groups come out when fewer rows differ.
+    Raises ValueError for groups outside 1..rows or blocks that do not divide the rows.
     """
     weights = [weights] if isinstance(weights, Tensor) else list(weights)
     rows = len(weights[0])
     if isinstance(groups, bool) or not isinstance(groups, int) or not 1 <= groups <= rows: raise ValueError(f"groups is {groups!r}; it must be a whole number in 1..{rows}, the rows of the layer")
+    if isinstance(blocks, bool) or not isinstance(blocks, int) or blocks < 1 or rows % blocks: raise ValueError(f"blocks is {blocks!r}; it must divide the {rows} rows")
     if groups == 1: return torch.arange(rows), torch.zeros(rows, dtype=torch.long)
     x = torch.cat([describe_rows(w) for w in weights], 1).cpu()
     x = x - x.mean(0)
     direction = torch.linalg.eigh(x.T @ x).eigenvectors[:, -1]
     score = x @ direction * (1.0 if direction.sum() >= 0 else -1.0)
     labels = torch.from_numpy(kmeans_1d(score, groups)[1])
-    return torch.argsort(score, stable=True), labels
+    return (score.view(blocks, -1).argsort(dim=1, stable=True) + torch.arange(0, rows, rows // blocks)[:, None]).view(-1), labels
 
 # %% ../../nbs/compress/jlcm_reorder.ipynb #6fe2d762
 @dataclass(frozen=True)
 class Chain:
-    """Layers that allow one permutation of hidden units: rows of `rows` and parameters of `along` are permuted, columns of `columns` undo it. All by module name."""
+    """Layers that allow one permutation of hidden units: rows of `rows` and parameters of `along` are permuted, columns of `columns` undo it. All by module name.
+
+    `heads`: 0, or the number of value heads of an attention layer: units then stay within their head. With grouped queries the columns hold each head once for every query head that reads it."""
     rows: tuple[str, ...]
     columns: tuple[str, ...]
     along: tuple[str, ...] = ()
+    heads: int = 0
 
 
 _ELEMENTWISE = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish, nn.Tanh, nn.Sigmoid, nn.Softplus, nn.Hardtanh, nn.Hardswish, nn.Hardsigmoid, nn.Identity,
@@ -55,7 +60,24 @@ _BLOCKS = ((("gate_proj", "up_proj"), "down_proj"), (("w1", "w3"), "w2"), (("wi_
            (("intermediate.dense",), "output.dense"), (("dense_h_to_4h",), "dense_4h_to_h"), (("fc_in",), "fc_out"))
 
 
+_HEADS = (("q_proj", "v_proj", "o_proj"), ("q_proj", "v_proj", "out_proj"), ("self.query", "self.value", "output.dense"))
+_ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "q_norm", "k_norm", "rotary_emb", "dropout", "attention_dropout", "self", "output"}  # a norm of the values, say, is none of these
+
+
 def _can(layer: nn.Module) -> bool: return is_linear(layer) or type(layer) is nn.Conv2d and layer.groups == 1
+
+
+def _in_attention(name: str, module: nn.Module) -> list[Chain]:
+    """Value and output projection of an attention layer whose parts are known, and whose mixture of values goes straight into the output projection."""
+    if not {n for n, _ in module.named_children()} <= _ATTENTION: return []
+    for paths in _HEADS:
+        query, value, out = (_part(module, path) for path in paths)
+        if any(m is None or not is_linear(m) for m in (query, value, out)): continue
+        inner = _part(module, "self") or module
+        size, rows, columns = getattr(inner, "head_dim", getattr(inner, "attention_head_size", None)), len(weight_matrix(value)), weight_matrix(out).shape[1]
+        if isinstance(size, int) and size > 0 and rows % size == 0 and columns % rows == 0 and len(weight_matrix(query)) == columns:  # more rows of queries: a gate on the output
+            return [Chain((f"{name}.{paths[1]}" if name else paths[1],), (f"{name}.{paths[2]}" if name else paths[2],), heads=rows // size)]
+    return []
 
 
 def _in_sequence(name: str, sequence: nn.Sequential) -> list[Chain]:
@@ -67,21 +89,23 @@ def _in_sequence(name: str, sequence: nn.Sequential) -> list[Chain]:
     collect(name, sequence)
     for i, (start, layer) in enumerate(parts):
         if not _can(layer): continue
-        along, flat, width = [], is_linear(layer), len(weight_matrix(layer))
+        rows, along, flat, width = [start], [], is_linear(layer), len(weight_matrix(layer))
         for n, m in parts[i + 1:]:
-            if _can(m):
+            if type(m) is nn.Conv2d and not flat and 1 < m.groups == m.in_channels == m.out_channels == width: rows.append(n)  # depthwise: a channel stays a channel
+            elif _can(m):
                 flat_before = is_linear(m)
                 columns = weight_matrix(m).shape[1] if is_linear(m) else m.in_channels
-                if flat_before == flat and columns % width == 0 and (is_linear(m) or columns == width): chains.append(Chain((start,), (n,), tuple(along)))
+                if flat_before == flat and columns % width == 0 and (is_linear(m) or columns == width): chains.append(Chain(tuple(rows), (n,), tuple(along)))
                 break
-            if isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d)) and m.num_features == width or isinstance(m, nn.LayerNorm) and is_linear(layer) and tuple(m.normalized_shape) == (width,): along.append(n)
+            elif isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d)) and m.num_features == width or isinstance(m, nn.LayerNorm) and is_linear(layer) and tuple(m.normalized_shape) == (width,): along.append(n)
             elif isinstance(m, nn.Flatten) and not is_linear(layer) and m.start_dim == 1 and m.end_dim == -1: flat = True
             elif not (type(m) in _ELEMENTWISE or isinstance(m, nn.PReLU) and m.num_parameters == 1): break
     return chains
 
 
 def find_chains(model: nn.Module) -> list[Chain]:
-    """The chains of `model` in the order of `named_modules`: consecutive layers of each `nn.Sequential` (activation, dropout, pooling, batch norm and flattening between them are known), and the MLP blocks of transformers."""
+    """The chains of `model` in the order of `named_modules`: consecutive layers of each `nn.Sequential` (activation, dropout, pooling, batch norm, depthwise convolutions and flattening between them are known), and in transformers
+    the MLP blocks and, within each head, values and output projection of attention."""
     chains, done, inner = [], set(), set()
     for name, module in model.named_modules():
         if type(module) is nn.Sequential:
@@ -96,6 +120,7 @@ def find_chains(model: nn.Module) -> list[Chain]:
                 if widths != {weight_matrix(layers[-1]).shape[1]}: continue
                 found = [Chain(tuple(f"{name}.{r}" if name else r for r in rows), (f"{name}.{column}" if name else column,))]
                 break
+            found = found or _in_attention(name, module)
         for c in found:
             if not set(c.rows) & done: chains.append(c); done |= set(c.rows)
     return chains
@@ -123,6 +148,7 @@ def reorder(model: nn.Module, plan: Sequence[tuple[Chain, Tensor]]) -> nn.Module
     for chain, order in plan:
         n, order = len(order), order.long()
         if not torch.equal(order.sort().values, torch.arange(n, device=order.device)): raise ValueError(f"the order of {chain.rows} is no permutation of {n} hidden units")
+        if chain.heads and (n % chain.heads or (order // (n // chain.heads) != torch.arange(n, device=order.device) // (n // chain.heads)).any()): raise ValueError(f"the order of {chain.rows} moves units between its {chain.heads} heads, which is not free")
         for name in (*chain.rows, *chain.along, *chain.columns):
             if name not in modules: raise ValueError(f"the plan names {name!r}, which is no layer of the model")
             module = modules[name]
@@ -131,7 +157,9 @@ def reorder(model: nn.Module, plan: Sequence[tuple[Chain, Tensor]]) -> nn.Module
                 matrix = weight_matrix(module)
                 inputs = module.in_channels if isinstance(module, nn.Conv2d) else matrix.shape[1]
                 if inputs % n: raise ValueError(f"layer {name!r} reads {inputs} inputs, which {n} hidden units do not divide")
-                jobs.append((module.weight, 0 if type(module).__name__ == "Conv1D" else 1, (order[:, None] * (inputs // n) + torch.arange(inputs // n, device=order.device)).reshape(-1)))
+                if chain.heads: index = (order.view(chain.heads, 1, -1) + n // chain.heads * (torch.arange(inputs // n)[:, None] + torch.arange(chain.heads)[:, None, None] * (inputs // n - 1)).to(order.device)).reshape(-1)
+                else: index = (order[:, None] * (inputs // n) + torch.arange(inputs // n, device=order.device)).reshape(-1)
+                jobs.append((module.weight, 0 if type(module).__name__ == "Conv1D" else 1, index))
             else:
                 for t in [*module.parameters(recurse=False), *module.buffers(recurse=False)]:
                     if t.ndim == 0: continue  # batch norm's counter
