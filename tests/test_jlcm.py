@@ -12,7 +12,7 @@ from torch import nn
 from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
 from efftrain.compress.jlcm import JLCM, compress, compressible_layers, footprint, layer_statistics, model_bytes
-from efftrain.compress.jlcm_codebook import CodebookConv2d, CodebookLinear, borders_pay, kmeans_1d, load_compressed, pack_bits, quantize, quantize_rtn, swap, unpack_bits, weight_matrix
+from efftrain.compress.jlcm_codebook import CodebookConv2d, CodebookLinear, borders_pay, decompress, kmeans_1d, load_compressed, pack_bits, quantize, quantize_rtn, swap, unpack_bits, weight_matrix
 from efftrain.compress.jlcm_mapping import RULES, gaps, learn_layer, mapping_gradient, move_weights
 from efftrain.compress.jlcm_reorder import Chain, describe_rows, find_chains, group_rows, reorder
 from efftrain.models import cnn, llama, mlp, vit
@@ -407,9 +407,31 @@ def test_fit_leaves_the_model_alone_and_transform_takes_only_that_model():
     method.fit(model, x)
     assert model.training and all(m.training for m in model.modules()) and all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     with pytest.raises(ValueError, match="other weights"): method.transform(cnn(8, seed=9))
+    moved = reorder(copy.deepcopy(model), [(find_chains(model)[0], torch.arange(len(model[0].weight)).flip(0))])
+    with pytest.raises(ValueError, match="layer '0' has other weights"): method.transform(moved)  # the same values in another order
     a, b = method.transform(copy.deepcopy(model)).eval(), method.transform(model).eval()
     assert torch.equal(a(x), b(x)) and all(not m.training for m in b.modules())
     with pytest.raises(ValueError, match="compressed already"): method.transform(model)
+
+
+@pytest.mark.parametrize("kind", ["cnn", "llama", "gpt2", "mobile"])
+def test_decompressed_models_are_plain_and_compute_the_same(kind):
+    model, x = (mobile(), torch.randn(20, 2, 8, 8, generator=generator(1))) if kind == "mobile" else (MODELS[kind][0]().eval(), torch.randint(0, 50, (4, 9), generator=generator(1))) if kind == "gpt2" else trained(kind)
+    compress(model, x, bits=3, groups=2, steps=2)
+    for p in (p for n, p in model.named_parameters() if n.endswith("codebook")): p.requires_grad_(False); break
+    plain = decompress(copy.deepcopy(model))
+    with torch.no_grad(): assert torch.equal(logits(plain, x), logits(model, x))
+    assert not any(type(m).__module__.startswith("efftrain") for n, m in plain.named_modules()) and all(m.training == plain.training for m in plain.modules())
+    first = next(m for m in plain.modules() if isinstance(m, (nn.Linear, nn.Conv2d)))
+    assert not first.weight.requires_grad
+    with pytest.raises(ValueError, match="no codebook layer"): decompress(plain)
+
+
+def test_frozen_layers_stay_frozen():
+    model, x = trained("cnn")
+    for p in model.parameters(): p.requires_grad_(False)
+    compress(model, x, bits=2, groups=2, group_param="scale", steps=2)
+    assert not any(p.requires_grad for p in model.parameters())
 
 
 def test_layers_that_share_an_input_are_calibrated_together_with_the_same_result():
@@ -471,7 +493,8 @@ X = torch.randn(10, 6, generator=generator())
     (Twice, torch.randn(3, 4), dict(groups=1), ValueError, "called 2 times"), (tied, X, dict(groups=1), ValueError, "shares its weight"), (Half, X, dict(groups=2), ValueError, "changes the outputs"),
     (lambda: nn.Sequential(nn.Embedding(4, 4)), torch.zeros(1, dtype=torch.long), {}, ValueError, "no layer to compress"), (lambda: mlp([6, 8, 3]), X, dict(mapping="nearest"), ValueError, "mapping is 'nearest'"),
     (lambda: mlp([6, 8, 3]), X, dict(phi="linear"), ValueError, "phi is 'linear'"), (lambda: mlp([6, 8, 3]), X, dict(group_param="table"), ValueError, "group_param is"), (lambda: mlp([6, 8, 3]), X, dict(steps=-1), ValueError, "steps is -1"),
-    (lambda: mlp([6, 8, 3]), X, dict(lr_map=float("nan")), ValueError, "lr_map is nan"), (lambda: mlp([6, 8, 3]), X, dict(targets=["9"], groups=1), ValueError, "targets names '9'"), (lambda: nn.Sequential(nn.Conv2d(2, 4, 3, padding=1, padding_mode="reflect")), torch.randn(1, 2, 5, 5), dict(targets=["0"]), ValueError, "layer '0' is a convolution with padding_mode='reflect'")])
+    (lambda: mlp([6, 8, 3]), X, dict(lr_map=float("nan")), ValueError, "lr_map is nan"), (lambda: mlp([6, 8, 3]), X, dict(targets=["9"], groups=1), ValueError, "targets names '9'"), (lambda: nn.Sequential(nn.Conv2d(2, 4, 3, padding=1, padding_mode="reflect")), torch.randn(1, 2, 5, 5), dict(targets=["0"]), ValueError, "layer '0' is a convolution with padding_mode='reflect'"),
+    (lambda: nn.Linear(6, 3), X, dict(groups=1, targets=[""]), ValueError, "put it into an nn.Sequential"), (lambda: nn.Conv2d(2, 4, 3), torch.randn(4, 2, 5, 5), dict(groups=1), ValueError, "put it into an nn.Sequential")])
 def test_wrong_input_is_named_and_the_model_stays(model, batches, options, error, word):
     model = model(); before = copy.deepcopy(model.state_dict())
     with pytest.raises(error, match=word): compress(model, batches, **options)

@@ -284,6 +284,38 @@ def test_wrong_layers_are_named_and_nothing_changes():
     assert break_even_rank((16, 16, 3, 3)) == 14.4
 
 
+def test_what_is_factored_already_or_has_no_weight_of_its_own_is_refused():
+    """By default, by function and by the name of a part: a pair is never taken for two dense layers."""
+    small, _ = decompose(cnn(8, residual=True), energy=0.5, only_cheaper=False)
+    before = {k: v.clone() for k, v in small.state_dict().items()}
+    for targets in (None, lambda n, m: m.kernel_size != (1, 1) if isinstance(m, nn.Conv2d) else False, ["3.0.0"], "3.0"):
+        with pytest.raises(ValueError, match="layer '3.0' is factored already"): decompose(small, energy=0.9, targets=targets, inplace=True)
+        with pytest.raises(ValueError, match="layer '3.0' is factored already"): TrainedRankPruner(small, targets=targets)
+    assert all(torch.equal(v, before[k]) for k, v in small.state_dict().items())
+    for normed in (nn.utils.spectral_norm, nn.utils.parametrizations.spectral_norm):
+        with pytest.raises(ValueError, match="layer '1' computes its weight"): TrainedRankPruner(nn.Sequential(nn.Conv2d(1, 4, 3), normed(nn.Conv2d(4, 4, 3))))
+
+
+@pytest.mark.parametrize("call, error, text", [
+    (lambda: truncate_(torch.ones(3, 3, dtype=torch.long)), TypeError, "torch.int64"), (lambda: truncate_([[1.0]]), TypeError, "is a list"), (lambda: nuclear_subgradient(torch.ones(3, 3, dtype=torch.long)), TypeError, "torch.int64"),
+    (lambda: truncate_(torch.randn(3, 3), 2.0, rank=1), ValueError, "energy is 2.0"), (lambda: truncate_(torch.zeros(0, 3)), ValueError, "no values"), (lambda: nuclear_subgradient(torch.full((2, 2), float("nan"))), ValueError, "4 values that are not finite"),
+    (lambda: TrainedRankPruner(cnn(4), energy=True), ValueError, "energy is True"), (lambda: TrainedRankPruner(cnn(4), energy="0.9"), ValueError, "energy is '0.9'"), (lambda: TrainedRankPruner(cnn(4), nuclear="1"), ValueError, "nuclear is '1'"),
+    (lambda: decompose("model", rank=1), TypeError, "model is a str")])
+def test_wrong_kinds_of_input_are_named(call, error, text):
+    with pytest.raises(error, match=text): call()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_plain_pairs_take_the_place_of_low_rank_layers(mode):
+    """The decomposed network without this package: nn.Sequential pairs, the same keys, the same outputs."""
+    small, _ = decompose(cnn(8, residual=True).eval(), energy=0.5, mode=mode, only_cheaper=False)
+    plain = copy.deepcopy(small)
+    for name, layer in low_rank_layers(plain).items(): plain.set_submodule(name, layer.plain())
+    x = torch.randn(2, 1, 28, 28)
+    assert not low_rank_layers(plain) and {type(m).__module__.split(".")[0] for n, m in plain.named_modules() if n in low_rank_layers(small)} == {"torch"}
+    assert list(plain.state_dict()) == list(small.state_dict()) and torch.equal(plain(x), small(x))
+
+
 def test_a_layer_whose_rank_saves_nothing_stays_dense():
     small, report = decompose(cnn(8), energy=0.9999)
     assert report.dense.all() and not low_rank_layers(small)

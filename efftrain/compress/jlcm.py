@@ -5,6 +5,7 @@ __all__ = ['compressible_layers', 'layer_statistics', 'model_bytes', 'footprint'
 
 # %% ../../nbs/compress/jlcm.ipynb #01c7744a
 import copy
+import hashlib
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Callable, Iterable, Iterator, Mapping, Sequence
@@ -27,6 +28,7 @@ def compressible_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 def _targets(model: nn.Module, targets: Any) -> dict[str, nn.Module]:
     """Layers that `targets` stands for, checked."""
+    if not isinstance(model, nn.Module): raise TypeError(f"model is a {type(model).__name__}; a torch module is needed")
     modules, usual = dict(model.named_modules()), compressible_layers(model)
     if targets is None or callable(targets): found = {n: m for n, m in usual.items() if targets is None or targets(n, m)}
     else:
@@ -35,6 +37,7 @@ def _targets(model: nn.Module, targets: Any) -> dict[str, nn.Module]:
         found = {n: modules[n] for n in modules if n in names}
     for n, m in modules.items():
         if isinstance(m, _Codebook): raise ValueError(f"layer {n!r} is compressed already ({m.bits} bits); start from the dense model")
+    if "" in found: raise ValueError(f"the model itself, a {type(model).__name__}, is the layer to compress; put it into an nn.Sequential first")
     if not found: raise ValueError(f"targets={targets!r}: {type(model).__name__} has no layer to compress; linear layers in its backbone or convolutions are needed, or names in targets")
     owners: dict[int, list[str]] = {}
     for n, m in modules.items():
@@ -287,8 +290,9 @@ def _flops(model: nn.Module, batch: Any) -> int:
 
 
 def _mark(layer: nn.Module) -> tuple:
-    w = layer.weight.detach().double()
-    return tuple(w.shape), float(w.sum()), float(w.square().sum())
+    """What tells weights apart, also those that differ in order alone."""
+    w = layer.weight.detach()
+    return tuple(w.shape), w.dtype, hashlib.blake2b(w.cpu().contiguous().view(torch.uint8).numpy(), digest_size=16).hexdigest()
 
 
 def compress(model: nn.Module, batches: Iterable, targets: Sequence[str] | Callable[[str, nn.Module], bool] | None = None, **settings: Any) -> Report:

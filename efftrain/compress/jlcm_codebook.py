@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['kmeans_1d', 'pack_bits', 'unpack_bits', 'borders_pay', 'CodebookLinear', 'CodebookConv2d', 'is_linear',
            'weight_matrix', 'make_layer', 'kmeans_codebooks', 'uniform_codebook', 'quantize', 'quantize_rtn',
-           'load_compressed', 'swap']
+           'load_compressed', 'decompress', 'swap']
 
 # %% ../../nbs/compress/jlcm_codebook.ipynb #ece3104d
 import math
@@ -254,7 +254,7 @@ def weight_matrix(layer: nn.Module) -> Tensor:
 
 
 def make_layer(layer: nn.Module, codes: Tensor, codebook: Tensor, *, row_groups: Tensor | None = None, scale: Tensor | None = None, blocks: int = 1) -> CodebookLinear | CodebookConv2d:
-    """The codebook layer that takes the place of `layer`: `codes` (rows, columns) as `weight_matrix` orders them; bias, dtype, training mode and convolution options are the layer's own.
+    """The codebook layer that takes the place of `layer`: `codes` (rows, columns) as `weight_matrix` orders them; bias, dtype, device, training mode, what is frozen, and convolution options are the layer's own.
 
     `row_groups`, `scale`, `blocks`: as in `CodebookLinear`. Raises ValueError for a layer that is neither linear nor a convolution, or a convolution that pads with something else than zeros.
     """
@@ -264,6 +264,7 @@ def make_layer(layer: nn.Module, codes: Tensor, codebook: Tensor, *, row_groups:
         if layer.padding_mode != "zeros": raise ValueError(f"convolution has padding_mode={layer.padding_mode!r}; 'zeros' is supported")
         new = CodebookConv2d(codes.view(layer.weight.shape), codebook.to(layer.weight), **given, options=dict(stride=layer.stride, padding=layer.padding, dilation=layer.dilation, groups=layer.groups))
     else: raise ValueError(f"{type(layer).__name__} is neither a linear layer nor a convolution")
+    for p in (new.codebook, new.scale): p is None or p.requires_grad_(layer.weight.requires_grad)
     if new.bias is not None: new.bias.requires_grad_(layer.bias.requires_grad)
     return new.to(layer.weight.device).train(layer.training)
 
@@ -360,6 +361,25 @@ def load_compressed(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
     if wrong: raise ValueError(f"state does not fit the model at {sorted(wrong)[:5]}")
     for name, layer in new.items(): swap(model, name, layer)
     model.load_state_dict(state, strict=False)
+    return model
+
+
+@torch.no_grad()
+def decompress(model: nn.Module) -> nn.Module:
+    """Replace each codebook layer of `model`, in place, by an `nn.Linear` or `nn.Conv2d` that holds the decoded weight, for use without this package; returns the model. Its outputs stay, bit for bit; its bytes are those of the dense model.
+
+    Raises ValueError when there is no codebook layer below the model itself.
+    """
+    layers = {n: m for n, m in model.named_modules() if n and isinstance(m, _Codebook)}
+    if not layers: raise ValueError(f"{type(model).__name__} holds no codebook layer to decompress")
+    for name, m in layers.items():
+        options = dict(bias=m.bias is not None, device=m.codebook.device, dtype=m.codebook.dtype)
+        if isinstance(m, CodebookLinear): plain = nn.Linear(m.in_features, m.out_features, **options)
+        else: plain = nn.Conv2d(m.shape[1] * m.options.get("groups", 1), m.shape[0], m.shape[2:], **m.options, **options)
+        plain.weight.copy_(m.decode())
+        if m.bias is not None: plain.bias.copy_(m.bias)
+        for new, old in ((plain.weight, m.codebook), (plain.bias, m.bias)): new is None or new.requires_grad_(old.requires_grad)
+        swap(model, name, plain.train(m.training))
     return model
 
 

@@ -38,6 +38,22 @@ def _check_finite(weight: Tensor, where: str) -> None:
     if not torch.isfinite(weight).all(): raise ValueError(f"{where} holds {int((~torch.isfinite(weight)).sum())} values that are not finite; training has diverged, or the data are wrong")
 
 
+def _check_energy(energy: float) -> None:
+    if isinstance(energy, bool) or not isinstance(energy, (int, float)) or not 0 < energy <= 1: raise ValueError(f"energy is {energy!r}; it is a share of the squared singular values and must lie in (0, 1]")
+
+
+def _decomposed(weight: Tensor, mode: str, name: str, rank: int | None) -> tuple[Tensor, Tensor, Tensor, int]:
+    """The matrix of `weight`, its `_spectrum` and its full rank, after the checks that both functions below need; `rank`, an argument called `name`, may be None."""
+    if not isinstance(weight, Tensor) or not weight.is_floating_point(): raise TypeError(f"weight is a {type(weight).__name__}{f' of {weight.dtype}' if isinstance(weight, Tensor) else ''}; a floating-point tensor is needed")
+    check_mode(mode, weight.shape)
+    if not weight.numel(): raise ValueError(f"weight has shape {tuple(weight.shape)} and so no values")
+    full = max_rank(weight.shape, mode)
+    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= full): raise ValueError(f"{name} is {rank!r}; it must be a whole number in [1, {full}] for a weight of shape {tuple(weight.shape)}")
+    _check_finite(weight, "weight")
+    M = matricize(weight, mode)
+    return M, *_spectrum(M), full
+
+
 @torch.no_grad()
 def truncate_(weight: Tensor, energy: float = 0.9, mode: str = "channel", *, rank: int | None = None) -> int:
     """Replace `weight`, in place, by its best approximation of the rank that holds `energy` of the squared singular values, or of the given `rank`; returns the rank.
@@ -45,14 +61,10 @@ def truncate_(weight: Tensor, energy: float = 0.9, mode: str = "channel", *, ran
     - `weight`: a kernel (N, C, H, W) or a matrix (out, in). `mode`: see `efftrain.compress.low_rank`; in "decouple" all N matrices get the largest rank that one of them needs.
     - At `energy` = 1 (and no rank) nothing is written: the weight keeps its very bits.
 
-    Source: Xu et al. 2018, eq. 5. Raises ValueError for an energy outside (0, 1], a rank outside [1, full rank], a mode that does not fit, a weight that is not finite.
+    Source: Xu et al. 2018, eq. 5. Raises ValueError for an energy outside (0, 1], a rank outside [1, full rank], a mode that does not fit, a weight that is empty or not finite; TypeError for what is no floating-point tensor.
     """
-    check_mode(mode, weight.shape)
-    full = max_rank(weight.shape, mode)
-    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= full): raise ValueError(f"rank is {rank!r}; it must be a whole number in [1, {full}] for a weight of shape {tuple(weight.shape)}")
-    _check_finite(weight, "weight")
-    M = matricize(weight, mode)
-    vectors, s = _spectrum(M)
+    _check_energy(energy)
+    M, vectors, s, full = _decomposed(weight, mode, "rank", rank)
     k = energy_rank(s, energy) if rank is None else rank
     if k < full: weight.copy_(unmatricize(_kept(M, vectors, k), weight.shape, mode))
     return k
@@ -64,12 +76,7 @@ def nuclear_subgradient(weight: Tensor, k: int | None = None, mode: str = "chann
 
     Where all singular values are positive it is the gradient. Source: Xu et al. 2018, eq. 8. Raises ValueError as `truncate_` does.
     """
-    check_mode(mode, weight.shape)
-    full = max_rank(weight.shape, mode)
-    if k is not None and (isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= full): raise ValueError(f"k is {k!r}; it must be a whole number in [1, {full}] for a weight of shape {tuple(weight.shape)}")
-    _check_finite(weight, "weight")
-    M = matricize(weight, mode)
-    vectors, s = _spectrum(M)
+    M, vectors, s, full = _decomposed(weight, mode, "k", k)
     k = full if k is None else k
     return unmatricize(_kept(M, vectors, k, _inverse(s[..., :k])), weight.shape, mode)
 
@@ -81,9 +88,17 @@ def truncatable_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _targets(model: nn.Module, targets: Any, mode: str) -> dict[str, nn.Module]:
+    """Layers that `targets` stands for, checked. A part of a low-rank layer is no target: factoring it again would lose the pair."""
+    if not isinstance(model, nn.Module): raise TypeError(f"model is a {type(model).__name__}; a torch module is needed")
     default = truncatable_layers(model) if targets is None else None
     if default is not None and not default: raise ValueError(f"targets=None: {type(model).__name__} has no convolution larger than 1 x 1 besides the first; name layers (nn.Linear works too, in mode 'channel')")
-    return named_layers(model, list(default) if targets is None else targets, mode)
+    chosen = list(default) if targets is None else [n for n, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d)) or type(m).__name__ == "Conv1D" if targets(n, m)] if callable(targets) else [targets] if isinstance(targets, str) else list(targets)
+    modules, pairs = dict(model.named_modules()), low_rank_layers(model)
+    for n in chosen:
+        whole = next((p for p in pairs if n == p or n.startswith(f"{p}.")), None)
+        if whole is not None: raise ValueError(f"layer {whole!r} is factored already (rank {pairs[whole].rank}); call merge() on it first, or leave it out in targets")
+        if isinstance(getattr(modules.get(n), "weight", None), Tensor) and "weight" not in modules[n]._parameters: raise ValueError(f"layer {n!r} computes its weight from other parameters (weight or spectral normalisation); remove that first")
+    return named_layers(model, chosen, mode)
 
 
 class TrainedRankPruner:
@@ -98,9 +113,9 @@ class TrainedRankPruner:
     """
 
     def __init__(self, model: nn.Module, energy: float = 0.9, every: int = 20, nuclear: float = 0.0, mode: str = "channel", targets: Sequence[str] | str | Callable[[str, nn.Module], bool] | None = None) -> None:
-        if not 0 < energy <= 1: raise ValueError(f"energy is {energy!r}; it must lie in (0, 1]")
+        _check_energy(energy)
         if isinstance(every, bool) or not isinstance(every, int) or every < 1: raise ValueError(f"every is {every!r}; it must be a whole number of at least 1")
-        if not 0 <= nuclear < float("inf"): raise ValueError(f"nuclear is {nuclear!r}; it is a weight of a penalty and must be finite and at least 0")
+        if isinstance(nuclear, bool) or not isinstance(nuclear, (int, float)) or not 0 <= nuclear < float("inf"): raise ValueError(f"nuclear is {nuclear!r}; it is a weight of a penalty and must be finite and at least 0")
         self.energy, self.every, self.nuclear, self.mode = float(energy), every, float(nuclear), mode
         self.layers = _targets(model, targets, mode)
         self.history: list[dict] = []
