@@ -185,7 +185,7 @@ class JLCM:
     `fit(model, batches)` learns and leaves the model alone, `transform(model)` puts the result into it; `compress` does both. Raises ValueError naming the argument.
     """
 
-    def __init__(self, bits: int = 3, groups: int | Mapping[str, int] = 4, group_param: str = "codebook", phi: str = "inverse", mapping: str = "proximal", steps: int = 200, lr_map: float = 0.1, lr_code: float = 0.03, reorder: str = "auto") -> None:
+    def __init__(self, bits: int = 3, groups: int | Mapping[str, int] = 4, group_param: str = "codebook", phi: str = "inverse", mapping: str = "proximal", steps: int = 200, lr_map: float = 0.03, lr_code: float = 0.03, reorder: str = "auto") -> None:
         _bits(bits)
         for name, g in (groups.items() if isinstance(groups, Mapping) else [("all layers", groups)]):
             if isinstance(g, bool) or not isinstance(g, int) or g < 1: raise ValueError(f"groups is {g!r} for {name}; it must be a whole number of at least 1")

@@ -99,7 +99,7 @@ def _nearest(u: Tensor, table: Tensor, row_groups: Tensor) -> Tensor:
 
 @torch.no_grad()
 def learn_layer(weight: Tensor, gram: Tensor, *, cross: Tensor | None = None, energy: float | None = None, bits: int = 3, row_groups: Tensor | None = None, group_param: str = "codebook", rule: str = "proximal", phi: str = "inverse",
-                steps: int = 200, lr_map: float = 0.1, lr_code: float = 3e-2) -> Learned:
+                steps: int = 200, lr_map: float = 0.03, lr_code: float = 0.03) -> Learned:
     """Learn the codes and the codebook of one weight matrix on the layer's own output error, from the k-means start.
 
     - `weight`: dense weight (rows, columns). `gram`: X X^T of the inputs (columns, columns), or (parts, columns, columns) when each of as many equal blocks of rows has inputs of its own (a convolution in groups).
