@@ -296,11 +296,11 @@ def test_codebook_gradient_is_autograds_through_the_index():
 def test_learning_lowers_the_error_that_the_outputs_have(rule, bits, group_param):
     w, x = torch.randn(16, 24, generator=generator()), torch.randn(80, 24, generator=generator(1)) @ torch.diag(torch.logspace(0, -2, 24)) @ torch.randn(24, 24, generator=generator(2))
     rows = torch.arange(16) // 8
-    r = learn_layer(w, x.T @ x, bits=bits, row_groups=rows, group_param=group_param, rule=rule, steps=60)
+    r = learn_layer(w, x.T @ x, bits=bits, row_groups=rows, group_param=group_param, rule=rule, steps=60, lr_map=0.1)
     decoded = (r.codebook if r.scale is None else r.scale[:, None] * r.codebook)[rows if r.scale is None or True else 0][:, None, :].expand(16, 24, -1).gather(2, r.codes[..., None])[..., 0]
     plain = float((x @ (w - decoded).T).square().sum() / (x @ w.T).square().sum())
     assert plain == pytest.approx(r.error, rel=1e-3, abs=1e-6) and r.error < 0.95 * r.start and len(r.trace) == 61
-    again = learn_layer(w, x.T @ x, bits=bits, row_groups=rows, group_param=group_param, rule=rule, steps=60)
+    again = learn_layer(w, x.T @ x, bits=bits, row_groups=rows, group_param=group_param, rule=rule, steps=60, lr_map=0.1)
     assert torch.equal(again.codes, r.codes) and torch.equal(again.codebook, r.codebook), "no randomness"
 
 
