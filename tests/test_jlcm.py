@@ -501,11 +501,43 @@ def test_wrong_input_is_named_and_the_model_stays(model, batches, options, error
     assert model.state_dict().keys() == before.keys() and all(torch.equal(v, before[k]) or torch.isnan(v).any() for k, v in model.state_dict().items())
 
 
+def zero():
+    model = mlp([6, 8, 3]); nn.init.zeros_(model[0].weight)
+    return model
+
+
+@pytest.mark.parametrize("model, batches, options, error, word", [
+    (lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(6, 8)), nn.ReLU(), nn.Linear(8, 3)), X, {}, ValueError, "layer '0' computes its weight"), (lambda: nn.Sequential(nn.utils.spectral_norm(nn.Linear(6, 8)), nn.Linear(8, 3)), X, {}, ValueError, "layer '0' computes its weight"),
+    (zero, X, {}, ValueError, "layer '0' has weights that are all zero"), (lambda: mlp([6, 8, 3]), None, {}, TypeError, "batches is a NoneType"), (lambda: mlp([6, 8, 3]), X, dict(lr_map="1"), ValueError, "lr_map is '1'"), (lambda: mlp([6, 8, 3]), X, dict(lr_code=True), ValueError, "lr_code is True")])
+def test_more_wrong_input_is_named(model, batches, options, error, word):
+    with pytest.raises(error, match=word): compress(model(), batches, groups=1, **options)
+    with pytest.raises(TypeError, match="model is a str"): compress("model", X)
+
+
+def test_computed_weights_are_not_permuted():
+    """Their rows are those of other parameters, so no chain is found, and a plan that names one is refused."""
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(6, 8)), nn.ReLU(), nn.Linear(8, 3))
+    assert find_chains(model) == [] and find_chains(nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.utils.spectral_norm(nn.Linear(8, 3)))) == []
+    with pytest.raises(ValueError, match="layer '0' computes its weight"): reorder(model, [(Chain(("0",), ("2",)), torch.randperm(8))])
+
+
+def test_multihead_attention_of_torch_is_left_alone():
+    model, x = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 1).eval(), torch.randn(4, 5, 8, generator=generator())
+    report = compress(model, x, bits=3, groups=1, steps=5)
+    assert list(report.layers.name) == ["layers.0.linear1", "layers.0.linear2"] and torch.isfinite(model(x)).all()
+
+
+@pytest.mark.parametrize("rows", [[0, 5, 0, 0], [0, 1], [0, -1, 0, 1]])
+def test_groups_of_rows_are_checked(rows):
+    with pytest.raises(ValueError, match="row_groups has shape"): quantize(nn.Linear(4, 4), 2, row_groups=torch.tensor(rows))
+
+
 def test_compressed_layers_and_foreign_states_are_refused():
     model = mlp([6, 8, 3]); swap(model, "0", quantize(model[0], 2))
     with pytest.raises(ValueError, match="layer '0' is compressed already"): compress(model, X, groups=1)
     with pytest.raises(TypeError, match="compressed already"): quantize(model[0], 2)
-    for state, fresh in ((model.state_dict(), mlp([6, 9, 3])), (mlp([6, 8, 3]).state_dict(), mlp([6, 8, 3])), ({k: v for k, v in model.state_dict().items() if k != "2.bias"}, mlp([6, 8, 3]))):
+    for state, fresh in ((model.state_dict(), mlp([6, 9, 3])), (mlp([6, 8, 3]).state_dict(), mlp([6, 8, 3])), ({k: v for k, v in model.state_dict().items() if k != "2.bias"}, mlp([6, 8, 3])),
+                         ({k: v for k, v in model.state_dict().items() if k != "0.codebook"}, mlp([6, 8, 3])), (model.state_dict() | {"0.codes": model[0].codes[:-1]}, mlp([6, 8, 3])), (model.state_dict() | {"0.borders": torch.zeros(3)}, mlp([6, 8, 3]))):
         before = copy.deepcopy(fresh.state_dict())
         with pytest.raises(ValueError): load_compressed(fresh, state)
         assert fresh.state_dict().keys() == before.keys() and all(torch.equal(v, before[k]) for k, v in fresh.state_dict().items())

@@ -21,9 +21,9 @@ from .masks import prunable_layers
 
 # %% ../../nbs/compress/jlcm.ipynb #cb21a1e3
 def compressible_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Name -> layer that `JLCM` compresses by default, in the order of `model.named_modules()`: those of `efftrain.compress.masks.prunable_layers` (linear layers of the backbone, transformers' `Conv1D`) and `nn.Conv2d` padded with zeros, in groups too."""
+    """Name -> layer that `JLCM` compresses by default, in the order of `model.named_modules()`: those of `efftrain.compress.masks.prunable_layers` (linear layers of the backbone, transformers' `Conv1D`) and `nn.Conv2d` padded with zeros, in groups too. Output projections of `nn.MultiheadAttention` are not among them: that module reads their weight and never calls them."""
     linear = {id(m) for m in prunable_layers(model).values()}
-    return {n: m for n, m in model.named_modules() if id(m) in linear or type(m) is nn.Conv2d and m.padding_mode == "zeros"}
+    return {n: m for n, m in model.named_modules() if id(m) in linear and type(m).__name__ != "NonDynamicallyQuantizableLinear" or type(m) is nn.Conv2d and m.padding_mode == "zeros"}
 
 
 def _targets(model: nn.Module, targets: Any) -> dict[str, nn.Module]:
@@ -192,7 +192,7 @@ class JLCM:
         _allowed(group_param=(group_param, ("codebook", "scale")), phi=(phi, PHIS), mapping=(mapping, RULES), reorder=(reorder, ("auto", "free", "store", "none")))
         if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0: raise ValueError(f"steps is {steps!r}; it must be a whole number of at least 0")
         for name, value in dict(lr_map=lr_map, lr_code=lr_code).items():
-            if not 0 <= value < float("inf"): raise ValueError(f"{name} is {value!r}; it must be a finite number of at least 0")
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"): raise ValueError(f"{name} is {value!r}; it must be a finite number of at least 0")
         self.bits, self.groups, self.group_param, self.phi, self.mapping, self.steps, self.lr_map, self.lr_code, self.reorder = bits, groups, group_param, phi, mapping, steps, lr_map, lr_code, reorder
 
     def _arrange(self, layers: Mapping[str, nn.Module], chains: Sequence[Chain]) -> tuple[list[tuple[Chain, Tensor]], dict[str, Tensor], dict[str, str]]:
@@ -228,6 +228,7 @@ class JLCM:
         inputs of a layer that are all zero or not finite, a reordering that changes the outputs; TypeError for batches of another kind.
         """
         import pandas as pd
+        if not isinstance(batches, Iterable): raise TypeError(f"batches is a {type(batches).__name__}; a batch or a collection of batches is needed")
         batches = [batches] if isinstance(batches, (Tensor, Mapping)) else list(batches)
         if not batches: raise ValueError("batches is empty; calibration needs at least one batch of inputs")
         layers = _targets(model, targets)
@@ -249,6 +250,7 @@ class JLCM:
                 for n in stage:
                     layer, order = work.get_submodule(n), orders.get(n)
                     if not torch.isfinite(gram).all(): raise ValueError(f"inputs of layer {n!r} are not finite on the calibration data")
+                    if not layer.weight.any(): raise ValueError(f"layer {n!r} has weights that are all zero; leave it out in targets")
                     if not gram.diagonal(dim1=-2, dim2=-1).any() or not energy[n] > 0: raise ValueError(f"inputs of layer {n!r} are all zero on the calibration data; nothing can be learned from them")
                     C = cross[n] if order is None else cross[n][order.to(cross[n].device)]
                     r = learn_layer(weight_matrix(layer), gram, cross=C, energy=energy[n], bits=self.bits, row_groups=groups[n], group_param=self.group_param if int(groups[n].max()) else "codebook", rule=self.mapping, phi=self.phi,

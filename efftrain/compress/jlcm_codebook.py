@@ -315,6 +315,7 @@ def quantize(layer: nn.Module, bits: int, *, row_groups: Tensor | None = None, g
     if group_param not in ("codebook", "scale"): raise ValueError(f"group_param is {group_param!r}; allowed are 'codebook' and 'scale'")
     w = weight_matrix(layer)
     rows = torch.zeros(len(w), dtype=torch.long) if row_groups is None else row_groups.long()
+    if rows.shape != (len(w),) or int(rows.min()) < 0 or not torch.bincount(rows).all(): raise ValueError(f"row_groups has shape {tuple(rows.shape)}; it must hold a group from 0 on for each of {len(w)} rows, and no group may be empty")
     codes, book, scale = kmeans_codebooks(w, bits, rows, group_param)
     return make_layer(layer, codes, book, row_groups=rows, scale=scale)
 
@@ -329,6 +330,7 @@ def _check_layer(name: str, layer: nn.Module) -> None:
     """Raise for what cannot be turned into a codebook layer."""
     if isinstance(layer, _Codebook): raise TypeError(f"{name} is compressed already ({type(layer).__name__}, {layer.bits} bits); start from the dense layer")
     if not is_linear(layer) and not isinstance(layer, nn.Conv2d): raise ValueError(f"{name} is a {type(layer).__name__}; linear layers (nn.Linear, Conv1D) and nn.Conv2d can be compressed")
+    if "weight" not in layer._parameters: raise ValueError(f"{name} computes its weight from other parameters (weight or spectral normalisation); remove that first")
     if not layer.weight.is_floating_point(): raise ValueError(f"{name} has weights of {layer.weight.dtype}; floating-point weights are needed")
     if isinstance(layer, nn.Conv2d) and layer.padding_mode != "zeros": raise ValueError(f"{name} is a convolution with padding_mode={layer.padding_mode!r}; 'zeros' is supported")
     if bad := int((~torch.isfinite(layer.weight)).sum()): raise ValueError(f"{name} has {bad} weights that are not finite")
@@ -347,6 +349,7 @@ def load_compressed(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
         if isinstance(layer, _Codebook): continue
         _check_layer(f"layer {name!r}", layer)
         shape, book, scale = tuple(weight_matrix(layer).shape), part("codebook"), part("scale")
+        if book is None or book.ndim != 2: raise ValueError(f"state has indices but no codebook for layer {name!r}")
         bits, groups = book.shape[1].bit_length() - 1, len(book) if scale is None else len(scale)
         borders = part("borders")
         try:

@@ -64,7 +64,10 @@ _HEADS = (("q_proj", "v_proj", "o_proj"), ("q_proj", "v_proj", "out_proj"), ("se
 _ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "q_norm", "k_norm", "rotary_emb", "dropout", "attention_dropout", "self", "output"}  # a norm of the values, say, is none of these
 
 
-def _can(layer: nn.Module) -> bool: return is_linear(layer) or type(layer) is nn.Conv2d and layer.groups == 1
+def _own(layer: nn.Module | None) -> bool: return layer is not None and is_linear(layer) and "weight" in layer._parameters  # a weight that is computed (weight normalisation) cannot be permuted
+
+
+def _can(layer: nn.Module) -> bool: return _own(layer) or type(layer) is nn.Conv2d and layer.groups == 1 and "weight" in layer._parameters
 
 
 def _in_attention(name: str, module: nn.Module) -> list[Chain]:
@@ -72,7 +75,7 @@ def _in_attention(name: str, module: nn.Module) -> list[Chain]:
     if not {n for n, _ in module.named_children()} <= _ATTENTION: return []
     for paths in _HEADS:
         query, value, out = (_part(module, path) for path in paths)
-        if any(m is None or not is_linear(m) for m in (query, value, out)): continue
+        if not all(map(_own, (query, value, out))): continue
         inner = _part(module, "self") or module
         size, rows, columns = getattr(inner, "head_dim", getattr(inner, "attention_head_size", None)), len(weight_matrix(value)), weight_matrix(out).shape[1]
         if isinstance(size, int) and size > 0 and rows % size == 0 and columns % rows == 0 and len(weight_matrix(query)) == columns:  # more rows of queries: a gate on the output
@@ -91,7 +94,7 @@ def _in_sequence(name: str, sequence: nn.Sequential) -> list[Chain]:
         if not _can(layer): continue
         rows, along, flat, width = [start], [], is_linear(layer), len(weight_matrix(layer))
         for n, m in parts[i + 1:]:
-            if type(m) is nn.Conv2d and not flat and 1 < m.groups == m.in_channels == m.out_channels == width: rows.append(n)  # depthwise: a channel stays a channel
+            if type(m) is nn.Conv2d and "weight" in m._parameters and not flat and 1 < m.groups == m.in_channels == m.out_channels == width: rows.append(n)  # depthwise: a channel stays a channel
             elif _can(m):
                 flat_before = is_linear(m)
                 columns = weight_matrix(m).shape[1] if is_linear(m) else m.in_channels
@@ -115,7 +118,7 @@ def find_chains(model: nn.Module) -> list[Chain]:
             found = []
             for rows, column in _BLOCKS:
                 layers = [_part(module, path) for path in (*rows, column)]
-                if any(m is None or not is_linear(m) for m in layers): continue
+                if not all(map(_own, layers)): continue
                 widths = {len(weight_matrix(m)) for m in layers[:-1]}
                 if widths != {weight_matrix(layers[-1]).shape[1]}: continue
                 found = [Chain(tuple(f"{name}.{r}" if name else r for r in rows), (f"{name}.{column}" if name else column,))]
@@ -152,6 +155,7 @@ def reorder(model: nn.Module, plan: Sequence[tuple[Chain, Tensor]]) -> nn.Module
         for name in (*chain.rows, *chain.along, *chain.columns):
             if name not in modules: raise ValueError(f"the plan names {name!r}, which is no layer of the model")
             module = modules[name]
+            if isinstance(getattr(module, "weight", None), Tensor) and "weight" not in module._parameters: raise ValueError(f"layer {name!r} computes its weight from other parameters, which have no rows to permute")
             if any(owners[id(p)] > 1 for p in module.parameters(recurse=False)): raise ValueError(f"layer {name!r} shares a parameter with another; permuting one would change the other")
             if name in chain.columns:
                 matrix = weight_matrix(module)
