@@ -26,7 +26,7 @@ def _sizes(L: Tensor, R: Tensor) -> tuple[int, int, int, int, int, int]:
 
 
 def monarch_multiply(x: Tensor, L: Tensor, R: Tensor) -> Tensor:
-    """y = M x for M = P L P^T R (Dao et al. 2022, definition 3.1), for the rows of x.
+    """y = M x for M = P L P^T R (Dao et al. 2022, the definition of section 3.1), for the rows of x.
 
     - `x`: (..., k p). `R`: k blocks of q x p, (k, q, p), applied first. `L`: l blocks of s x r, (l, s, r), with k q = l r. Result: (..., s l), the entry i of block j at i l + j.
 
@@ -53,7 +53,7 @@ def monarch_shapes(in_features: int, out_features: int, nblocks: int | tuple[int
     """Shapes of (L, R) for an `out_features` x `in_features` matrix.
 
     - `nblocks`: b gives both factors b blocks, with b min(in/b, out/b) numbers between them (the layers of the paper and of its code: slices of rank min(in, out) / b^2);
-      a pair (k, l) gives R k blocks and L l, with k l numbers between them (definition 3.1: slices of rank 1).
+      a pair (k, l) gives R k blocks and L l, with k l numbers between them (the definition of section 3.1: slices of rank 1).
 
     Raises ValueError when `nblocks` does not divide the sizes (naming the numbers that do), TypeError when it is no whole number or pair.
     """
@@ -99,7 +99,7 @@ def monarch_project(W: Tensor, nblocks: int | tuple[int, int]) -> tuple[Tensor, 
 
 # %% ../../nbs/compress/monarch.ipynb #4db6b1a0
 class MonarchLinear(nn.Module):
-    """y = M x + bias with a Monarch matrix M, in place of `nn.Linear` (Dao et al. 2022, section 3.1).
+    """y = M x + bias with a Monarch matrix M, in place of `nn.Linear` (Dao et al. 2022, sections 3.1 and 4; for rectangles the paper's appendix on general sizes).
 
     - `in_features`, `out_features`: sizes; x is (..., in_features). `nblocks`: blocks of each factor, or a pair, see `monarch_shapes`; parameters and operations are about 2/nblocks of the dense ones.
     - `bias`: whether there is one. `std`: standard deviation of the entries of M at the start; default that of `nn.Linear`, 1 / sqrt(3 in_features). `device`, `dtype`: of the parameters.
@@ -256,9 +256,19 @@ def to_monarch(model: nn.Module, nblocks: int | tuple[int, int] = 4, targets: st
 
 
 def to_dense(model: nn.Module) -> MonarchReport:
-    """Multiply the factors of every `MonarchLinear` of `model` out, in place: each becomes the nn.Linear (or Conv1D) it stands for, exactly. Raises ValueError when there is none."""
+    """Multiply the factors of every `MonarchLinear` of `model` out, in place: each becomes the nn.Linear (or Conv1D) it stands for, exactly. A layer that is used at several places stays one layer.
+
+    Raises ValueError when there is none, or when two layers share a factor; the model is as it was then.
+    """
     found = {n: m for n, m in model.named_modules() if isinstance(m, MonarchLinear)}
     if not found: raise ValueError(f"{type(model).__name__} has no Monarch layer")
+    if "" in found: raise ValueError("model is itself the layer to be replaced; wrap it, as in nn.Sequential(layer)")
+    places: dict[int, list[str]] = {}
+    owner: dict[int, str] = {}
+    for name, m in model.named_modules(remove_duplicate=False): places.setdefault(id(m), []).append(name)
+    for name, layer in found.items():
+        for factor in (layer.L, layer.R):
+            if owner.setdefault(id(factor), name) != name: raise ValueError(f"layer {name!r} shares a factor with {owner[id(factor)]!r}; untie them")
     from efftrain.accounting import parameter_bytes
     rows, before = [], parameter_bytes(model)
     for name, layer in found.items():
@@ -272,14 +282,14 @@ def to_dense(model: nn.Module) -> MonarchReport:
         new.train(layer.training)
         rows.append(dict(name=name, out=layer.out_features, **{"in": layer.in_features}, nblocks=str(layer.nblocks), bytes_before=_layer_bytes(layer), bytes_after=_layer_bytes(new),
                          flops_before=_row_flops(layer, layer.in_features), flops_after=_row_flops(new, layer.in_features), error=0.0))
-        _swap(model, name, new)
+        for place in places[id(layer)]: _swap(model, place, new)
     return MonarchReport(rows, before, parameter_bytes(model))
 
 # %% ../../nbs/compress/monarch.ipynb #dc2d86a6
 class MonarchSchedule:
-    """Sparse to dense: `share` of `steps` updates with Monarch layers, the rest dense (Dao et al. 2022, section 4.2).
+    """Sparse to dense: `share` of `steps` updates with Monarch layers, the rest dense (Dao et al. 2022, sections 4 and 5.2).
 
-    - `steps`: updates in all, at least 1. `share`: fraction with factors, in [0, 1]; 0.9 in the paper. `switch_step`: number of updates after which the model becomes dense.
+    - `steps`: updates in all, at least 1. `share`: fraction with factors, in (0, 1], one update at least; in the paper 0.9 for GPT-2, 0.7 for BERT. `switch_step`: number of updates after which the model becomes dense.
 
     Call `after_step(model, optimizer, step)` after every update (steps count from 1), or pass `**schedule.hooks()` to `efftrain.training.fit`; or call `expand` yourself. A run that is resumed after
     `switch_step` starts from an expanded model. Raises ValueError naming the argument.
@@ -287,8 +297,8 @@ class MonarchSchedule:
 
     def __init__(self, steps: int, share: float = 0.9) -> None:
         if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1: raise ValueError(f"steps is {steps!r}; it must be a whole number of at least 1")
-        if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share <= 1: raise ValueError(f"share is {share!r}; it must lie in [0, 1]")
-        self.steps, self.share, self.switch_step = steps, float(share), round(share * steps)
+        if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share <= 1: raise ValueError(f"share is {share!r}; it must lie in (0, 1]")
+        self.steps, self.share, self.switch_step = steps, float(share), max(round(share * steps), 1)
 
     def is_dense(self, step: int) -> bool:
         """Whether the model is dense after `step` updates."""
