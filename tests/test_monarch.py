@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+import scipy.fft
 import scipy.linalg
 import torch
 from hypothesis import given, settings, strategies as st
@@ -12,7 +13,7 @@ from torch.nn.utils import prune
 
 from efftrain.compress.masks import prunable_layers
 from efftrain.compress.monarch import MonarchLinear, MonarchSchedule, monarch_dense, monarch_multiply, monarch_project, monarch_shapes, to_dense, to_monarch
-from efftrain.compress.monarch_transforms import monarch_convolution, monarch_dft, monarch_hadamard, monarch_star_dense, monarch_star_factor, monarch_star_multiply
+from efftrain.compress.monarch_transforms import monarch_convolution, monarch_dft, monarch_dft2, monarch_hadamard, monarch_star_dense, monarch_star_factor, monarch_star_multiply
 from efftrain.datasets import TokenBatches, english
 from efftrain.models import llama, mlp, vit
 from efftrain.training import fit, lm_loss
@@ -84,9 +85,16 @@ def test_gradients():
     (lambda: monarch_project(torch.ones(4, 4).long(), 2), TypeError, "dtype"), (lambda: monarch_project(np.ones((4, 4)), 2), TypeError, "ndarray"),
     (lambda: monarch_project(torch.full((4, 4), float("nan")), 2), ValueError, "not finite"), (lambda: MonarchLinear(12, 10, 4), ValueError, "1, 2 do"),
     (lambda: MonarchLinear(8, 8, 4, std=-1), ValueError, "std is -1"), (lambda: MonarchLinear(8, 8, 4).set_weight(torch.ones(8, 4)), ValueError, "W has shape"),
+    (lambda: MonarchLinear(8, 8, 4, std="a"), ValueError, "std is 'a'"), (lambda: MonarchLinear(8, 8, 4).set_weight([1.0]), TypeError, "W is a list"), (lambda: to_monarch(mlp([4, 4]), 2, targets=5), TypeError, "targets is a int"),
+    (lambda: MonarchSchedule(10, 0.0), ValueError, "share is 0.0"), (lambda: MonarchSchedule(10).hooks(clip=-1.0), ValueError, "clip is -1.0"), (lambda: to_dense(MonarchLinear(8, 8, 4)), ValueError, "model is itself"),
     (lambda: MonarchSchedule(0), ValueError, "steps is 0"), (lambda: MonarchSchedule(10, 1.5), ValueError, "share is 1.5"), (lambda: MonarchSchedule(10, float("nan")), ValueError, "share"),
     (lambda: to_dense(mlp([4, 4])), ValueError, "no Monarch layer"), (lambda: to_monarch(mlp([4, 4]), 2, init="zero"), ValueError, "init is 'zero'"), (lambda: to_monarch("model"), TypeError, "model is a str"),
     (lambda: monarch_dft(12, 5), ValueError, "1, 2, 3, 4, 6, 12"), (lambda: monarch_dft(12, dtype=torch.float32), ValueError, "complex"), (lambda: monarch_dft(0), ValueError, "n is 0"),
+    (lambda: monarch_dft(8, 2.0), ValueError, "nblocks is 2.0"), (lambda: monarch_dft2(0, 4), ValueError, "height is 0"), (lambda: monarch_dft2(4, 4, dtype=torch.float64), ValueError, "complex"),
+    (lambda: monarch_star_multiply(torch.ones(3, 5), *monarch_convolution(torch.ones(4))), ValueError, "its last axis must be 2 x 2 = 4"), (lambda: monarch_convolution([1.0, 2.0]), TypeError, "kernel is a list"),
+    (lambda: monarch_star_multiply(torch.ones(3, 4), monarch_convolution(torch.ones(9))[0], monarch_convolution(torch.ones(4))[1]), ValueError, "M1 takes 3 x 3 = 9"),
+    (lambda: monarch_star_factor(np.eye(4), 2), TypeError, "A is a ndarray"), (lambda: monarch_star_factor(torch.full((4, 4), float("nan")), 2), ValueError, "16 numbers that are not finite"),
+    (lambda: monarch_star_dense([1], torch.ones(2, 2, 2), torch.ones(2, 2, 2)), TypeError, "L1 is a list"), (lambda: monarch_star_dense(torch.ones(2, 2), torch.ones(2, 2, 2), torch.ones(2, 2, 2)), ValueError, "L1 has shape"),
     (lambda: monarch_hadamard(12), ValueError, "powers of two"), (lambda: monarch_convolution(torch.ones(3, 3)), ValueError, "kernel has shape"),
     (lambda: monarch_star_factor(torch.ones(4, 5), 2), ValueError, "square"), (lambda: monarch_star_factor(torch.zeros(4, 4), 2), ValueError, "singular"),
     (lambda: monarch_star_factor(torch.randn(16, 16), 4), ValueError, "not in MM"), (lambda: monarch_star_dense(torch.ones(2, 2, 2), torch.ones(3, 2, 2), torch.ones(2, 2, 2)), ValueError, "L1, R, L2"),
@@ -259,6 +267,24 @@ def test_tied_layers_left_out_are_no_obstacle():
     assert isinstance(model["c"], MonarchLinear) and model["a"].weight is model["b"].weight
 
 
+def test_a_layer_used_twice_stays_one_and_shared_factors_are_refused():
+    model = nn.ModuleDict({"a": MonarchLinear(8, 8, 2)}); model["b"] = model["a"]
+    W = model["a"].weight.detach().clone()
+    to_dense(model)
+    assert model["a"] is model["b"] and torch.equal(model["b"].weight, W)
+    model = nn.ModuleDict({"a": MonarchLinear(8, 8, 2), "b": MonarchLinear(8, 8, 2)}); model["b"].R = model["a"].R
+    with pytest.raises(ValueError, match="'b' shares a factor with 'a'"): to_dense(model)
+    assert all(isinstance(m, MonarchLinear) for m in model.values())
+
+
+def test_conversion_draws_no_random_numbers_and_runs_no_hooks():
+    model, calls = mlp([16, 8]), []
+    model[0].register_forward_hook(lambda *_: calls.append(1))
+    torch.manual_seed(0); state = torch.get_rng_state()
+    assert to_monarch(model, np.int64(4)).layers[0]["nblocks"] == "4" and model[0].L.shape == (4, 2, 2)
+    assert torch.equal(torch.get_rng_state(), state) and not calls
+
+
 # reverse sparsification
 
 @pytest.mark.parametrize("optimizer", [lambda p: torch.optim.AdamW(p, lr=1e-3), lambda p: torch.optim.SGD(p, lr=1e-2, momentum=0.9)])
@@ -283,6 +309,7 @@ def test_schedule_refuses_split_factors_and_counts_compute():
     opt = torch.optim.SGD([dict(params=[model[0].L]), dict(params=[model[0].R, model[0].bias])], lr=0.1)
     with pytest.raises(ValueError, match="same parameter group"): MonarchSchedule.expand(model, opt)
     assert isinstance(model[0], MonarchLinear)
+    assert MonarchSchedule(10, 0.01).switch_step == 1, "at least one update with factors, as after_step does it"
     assert MonarchSchedule(100).compute(1, 2) == 110 and MonarchSchedule(100, 1.0).compute(1, 2) == 100 and MonarchSchedule(100).switch_step == 90
 
 
@@ -306,6 +333,14 @@ def test_fourier_for_every_split(n, data):
     torch.testing.assert_close(monarch_multiply(x[:, order], L, R), torch.fft.ifft(x), atol=1e-10, rtol=1e-10)
 
 
+@settings(max_examples=20, deadline=None)
+@given(st.integers(1, 12), st.integers(1, 12))
+def test_fourier_in_two_dimensions(height, width):
+    x = torch.randn(2, height, width, dtype=torch.complex128)
+    np.testing.assert_allclose(monarch_multiply(x.flatten(1), *monarch_dft2(height, width)).numpy().reshape(x.shape), np.fft.fft2(x.numpy()), atol=1e-10)
+    np.testing.assert_allclose(monarch_multiply(x.flatten(1), *monarch_dft2(height, width, inverse=True)).numpy().reshape(x.shape), scipy.fft.ifft2(x.numpy()), atol=1e-10)
+
+
 def test_hadamard_and_convolution_against_scipy():
     for n, nblocks in ((1, None), (16, None), (64, 2), (256, 16)): assert np.array_equal(monarch_dense(*monarch_hadamard(n, nblocks)).numpy(), scipy.linalg.hadamard(n))
     rng = np.random.default_rng(0)
@@ -327,3 +362,16 @@ def test_members_of_the_star_class_are_factored(b, m, seed):
     try: found = monarch_star_factor(torch.tensor(A), b)
     except ValueError as error: assert "singular" in str(error); return
     np.testing.assert_allclose(monarch_star_dense(*found).numpy(), A, atol=1e-6 * np.abs(A).max())
+
+
+def test_star_factors_are_found_through_rounding():
+    """In single precision, divisions by badly conditioned blocks enlarge the rounding a thousandfold; the least-squares updates bring it back. Equal eigenvalues and a matrix of the class that is exact stay so."""
+    g = torch.Generator().manual_seed(0)
+    L1, L2, R = (torch.randn(s, dtype=torch.float64, generator=g) for s in ((16, 16, 16), (16, 16, 16), (16, 16, 16)))
+    A = monarch_star_dense(L1, R, L2)
+    error = lambda A, found: float(torch.linalg.norm(monarch_star_dense(*found) - A) / torch.linalg.norm(A))
+    assert error(A, monarch_star_factor(A, 16)) < 1e-11 and error(A, monarch_star_factor(A.float(), 16)) < 2e-5
+    R[1] = R[0]
+    B, H = monarch_star_dense(L1, R, L2), torch.tensor(scipy.linalg.hadamard(64))
+    assert error(B, monarch_star_factor(B, 16)) < 1e-9 and error(H, monarch_star_factor(H, 8)) < 1e-12
+    with pytest.raises(ValueError, match="not in MM"): monarch_star_factor(torch.randn(64, 64, generator=g), 8)

@@ -7,6 +7,7 @@ __all__ = ['monarch_multiply', 'monarch_dense', 'monarch_shapes', 'monarch_proje
 # %% ../../nbs/compress/monarch.ipynb #100bc4f4
 import math
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, Callable, Sequence
 
 import torch
@@ -60,9 +61,9 @@ def monarch_shapes(in_features: int, out_features: int, nblocks: int | tuple[int
     pair = isinstance(nblocks, (tuple, list)) and len(nblocks) == 2
     numbers = tuple(nblocks) if pair else (nblocks, nblocks)
     for name, value in dict(in_features=in_features, out_features=out_features, nblocks=numbers[0], **({"nblocks[1]": numbers[1]} if pair else {})).items():
-        if isinstance(value, bool) or not isinstance(value, int): raise TypeError(f"{name} is {value!r}; it must be a whole number" + (" or a pair of them" if name == "nblocks" else ""))
+        if isinstance(value, bool) or not isinstance(value, Integral): raise TypeError(f"{name} is {value!r}; it must be a whole number" + (" or a pair of them" if name == "nblocks" else ""))
         if value < 1: raise ValueError(f"{name} is {value!r}; it must be at least 1")
-    k, l = numbers
+    in_features, out_features, (k, l) = int(in_features), int(out_features), map(int, numbers)
     if pair:
         if in_features % k or out_features % l: raise ValueError(f"nblocks is {(k, l)}; the first must divide in_features {in_features} (allowed: {_common(in_features)}), the second out_features {out_features} (allowed: {_common(out_features)})")
         return (l, out_features // l, k), (k, l, in_features // k)
@@ -118,7 +119,7 @@ class MonarchLinear(nn.Module):
 
     def reset_parameters(self, std: float | None = None) -> None:
         """Draw the factors anew so that the entries of `weight` have the standard deviation `std` (default that of nn.Linear); the bias as nn.Linear does."""
-        if std is not None and not (math.isfinite(std) and std > 0): raise ValueError(f"std is {std!r}; it must be positive and finite")
+        if std is not None and not (isinstance(std, (int, float)) and math.isfinite(std) and std > 0): raise ValueError(f"std is {std!r}; it must be positive and finite")
         n = self.in_features
         gain = n * (1 / (3 * n) if std is None else std**2)  # variance of an output for inputs of variance 1
         for factor in (self.L, self.R): nn.init.uniform_(factor, -1, 1).data.mul_(math.sqrt(3 * math.sqrt(gain) / factor.shape[-1]))
@@ -137,6 +138,7 @@ class MonarchLinear(nn.Module):
     @torch.no_grad()
     def set_weight(self, W: Tensor) -> float:
         """Take the factors closest to the dense matrix `W` (out_features, in_features); returns the relative Frobenius error."""
+        if not isinstance(W, Tensor): raise TypeError(f"W is a {type(W).__name__}; it must be a tensor")
         if tuple(W.shape) != (self.out_features, self.in_features): raise ValueError(f"W has shape {tuple(W.shape)}; it must be {(self.out_features, self.in_features)}")
         for mine, new in zip((self.L, self.R), monarch_project(W, self.nblocks)): mine.copy_(new)
         wide = torch.promote_types(W.dtype, torch.float32)
@@ -187,7 +189,7 @@ def _dense_weight(layer: nn.Module) -> Tensor: return layer.weight.T if type(lay
 def _row_flops(layer: nn.Module, width: int) -> int:
     from torch.utils.flop_counter import FlopCounterMode
     first = next(layer.parameters())
-    with torch.no_grad(), FlopCounterMode(display=False) as counter: layer(torch.zeros(1, width, device=first.device, dtype=first.dtype))
+    with torch.no_grad(), FlopCounterMode(display=False) as counter: layer.forward(torch.zeros(1, width, device=first.device, dtype=first.dtype))  # without its hooks
     return counter.get_total_flops()
 
 
@@ -201,6 +203,7 @@ def _chosen(model: nn.Module, targets: Any) -> dict[str, nn.Module]:
     done = [n for n, m in modules.items() if isinstance(m, MonarchLinear) and (targets is None or callable(targets) and targets(n, m))]
     if targets is None or callable(targets): found = {n: m for n, m in dense.items() if targets is None or targets(n, m)}
     else:
+        if not isinstance(targets, (str, list, tuple, set, frozenset, dict)): raise TypeError(f"targets is a {type(targets).__name__}; it must be None, names of layers or a function of (name, layer)")
         names = list(dict.fromkeys([targets] if isinstance(targets, str) else targets))
         if unknown := [n for n in names if n not in modules]: raise ValueError(f"targets names {unknown}, which are no layers of the model; its linear ones are {list(dense)}")
         found, done = {n: modules[n] for n in names}, [n for n in names if isinstance(modules[n], MonarchLinear)]
@@ -229,7 +232,7 @@ def to_monarch(model: nn.Module, nblocks: int | tuple[int, int] = 4, targets: st
     - `nblocks`: blocks, see `monarch_shapes`. `targets`: None (all linear layers of the backbone, as `efftrain.compress.masks.prunable_layers` gives them), names, or a function of (name, layer).
     - `init`: "project" takes the closest Monarch matrix of each weight (D2S); "random" draws new factors with the standard deviation of the old weights (E2E). Biases are kept.
 
-    dtype, device, training mode and `requires_grad` of each layer stay. Memory beyond the model is that of one layer. To load a saved model, make the dense one, call this with init="random", and
+    dtype, device, training mode and `requires_grad` of each layer stay; hooks of replaced layers do not. Memory beyond the model is that of one layer. To load a saved model, make the dense one, call this with init="random", and
     `load_state_dict`. Raises ValueError naming the layer for sizes that do not factor, tied or compressed weights, numbers that are not finite; the model is as it was then.
     """
     if init not in ("project", "random"): raise ValueError(f"init is {init!r}; allowed are 'project' and 'random'")
@@ -244,7 +247,8 @@ def to_monarch(model: nn.Module, nblocks: int | tuple[int, int] = 4, targets: st
     for name, layer in found.items():
         W = _dense_weight(layer).detach()
         std = float(W.float().std()) if W.numel() > 1 else 0.0
-        new = MonarchLinear(W.shape[1], W.shape[0], nblocks, bias=False, std=std or None, device=W.device, dtype=W.dtype)
+        make = nn.utils.skip_init if init == "project" else lambda kind, *args, **options: kind(*args, std=std or None, **options)  # a projection draws no random numbers
+        new = make(MonarchLinear, W.shape[1], W.shape[0], nblocks, bias=False, device=W.device, dtype=W.dtype)
         error = new.set_weight(W) if init == "project" else math.nan
         new.bias, new.conv1d = layer.bias, type(layer).__name__ == "Conv1D"
         for factor in (new.L, new.R): factor.requires_grad_(layer.weight.requires_grad)
@@ -329,6 +333,7 @@ class MonarchSchedule:
 
     def hooks(self, clip: float | None = None) -> dict[str, Callable]:
         """Keyword arguments for `efftrain.training.fit`. Give `clip` here and not there: `fit` clips the norm of the parameters that it started with, this one that of those the model has now."""
+        if clip is not None and (isinstance(clip, bool) or not isinstance(clip, (int, float)) or not clip > 0): raise ValueError(f"clip is {clip!r}; it must be a positive number or None")
         out: dict[str, Callable] = dict(after_step=self.after_step)
         if clip is not None: out["after_backward"] = lambda model, step: nn.utils.clip_grad_norm_(model.parameters(), clip)
         return out
