@@ -128,7 +128,8 @@ def monarch_star_factor(A: Tensor, nblocks: int, *, seed: int = 0, tolerance: fl
     if not torch.isfinite(A).all(): raise ValueError(f"A holds {int((~torch.isfinite(A)).sum())} numbers that are not finite")
     b, m = _split(A.shape[0], nblocks)
     if tolerance is None: tolerance = 1e-6 if A.dtype in (torch.float64, torch.complex128) else 1e-4
-    blocks = A.detach().to(torch.complex128).reshape(m, b, m, b).permute(1, 3, 0, 2)             # (i, j, row, column): P^T A P in b x b blocks of size m
+    A = A.detach().to(torch.complex128)
+    blocks = A.reshape(m, b, m, b).permute(1, 3, 0, 2)             # (i, j, row, column): P^T A P in b x b blocks of size m
     edge = torch.cat([blocks[:, 0], blocks[0, 1:]])
     if not bool((torch.linalg.cond(edge) <= 1e12).all()): raise ValueError("A has a singular block in the first row or column of blocks; the factorisation needs them invertible")
     similar = torch.linalg.solve(blocks[:, :1], blocks) @ torch.linalg.solve(blocks[:1], blocks[0, 0].expand(1, b, m, m))
