@@ -190,6 +190,9 @@ def test_gpt2_conv1d_becomes_conv1d_again():
     assert len(to_monarch(model, 1).layers) == 4  # one block loses nothing where a side is square; here the rank is full
     with torch.no_grad(): torch.testing.assert_close(model(torch.arange(6)[None]).logits, original(torch.arange(6)[None]).logits, atol=1e-4, rtol=1e-3)
     to_dense(model)
+    W = model.transformer.h[0].mlp.c_fc.weight.detach().clone()
+    to_monarch(model, 4); torch.testing.assert_close(model.transformer.h[0].mlp.c_fc.weight, monarch_dense(*monarch_project(W.T, 4))); to_dense(model)  # a Conv1D's weight is (in, out)
+    torch.testing.assert_close(model.transformer.h[0].mlp.c_fc.weight, monarch_dense(*monarch_project(W.T, 4)).T)
     assert {n: tuple(v.shape) for n, v in model.state_dict().items()} == {n: tuple(v.shape) for n, v in original.state_dict().items()}
     original.load_state_dict(model.state_dict())
 
