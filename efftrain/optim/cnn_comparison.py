@@ -46,12 +46,12 @@ def tune_and_train(optimizers: Mapping[str, Callable], rates: Mapping[str, Seque
     if len({len(r) for r in rates.values()}) > 1: raise ValueError(f"the grids have { {name: len(r) for name, r in rates.items()} } rates; all methods must have the same number")
     if both := set(tune_seeds) & {s for own in seeds.values() for s in own}: raise ValueError(f"seeds {sorted(both)} are used for tuning; judge on other seeds")
 
-    def run(seed: int, method: str, lr: float, evaluations: int) -> "pandas.DataFrame":
-        return train_cnn(optimizers[method], lr, decays[method], seed=seed, evaluations=evaluations, **task)
+    def run(seed: int, method: str, lr: float, evaluations: int, split: str) -> "pandas.DataFrame":
+        return train_cnn(optimizers[method], lr, decays[method], seed=seed, evaluations=evaluations, splits=(split,), **task)
 
-    grid = [dict(method=name, lr=lr, evaluations=1) for name in optimizers for lr in rates[name]]
+    grid = [dict(method=name, lr=lr, evaluations=1, split="valid") for name in optimizers for lr in rates[name]]
     tuned = tune(sweep(run, grid, tune_seeds, workers=workers), "valid", by="method", over="lr")
     chosen = tuned.set_index("method").lr
-    parts = [sweep(run, [dict(method=name, lr=float(chosen[name]), evaluations=evaluations) for name in optimizers if seeds[name] == own], own, workers=workers)
+    parts = [sweep(run, [dict(method=name, lr=float(chosen[name]), evaluations=evaluations, split="test") for name in optimizers if seeds[name] == own], own, workers=workers)
              for own in [list(s) for s in dict.fromkeys(map(tuple, seeds.values()))]]
-    return tuned, pd.concat(parts, ignore_index=True).drop(columns="evaluations")
+    return tuned, pd.concat(parts, ignore_index=True).drop(columns=["evaluations", "split"])
