@@ -423,8 +423,8 @@ def test_wrong_calls_change_nothing(make, text):
 
 @pytest.mark.parametrize("make, text", [
     (lambda: changed(network(), lambda m: prune(m, method="magnitude")), "already compressed"),
-    (lambda: changed(network(), lambda m: torch_prune.l1_unstructured(m.model.layers[0].mlp.up_proj, "weight", 0.5)), "parametrised"),
-    (lambda: changed(network(), lambda m: parametrizations.weight_norm(m.model.layers[0].mlp.up_proj)), "parametrised"),
+    (lambda: changed(network(), lambda m: torch_prune.l1_unstructured(m.model.layers[0].mlp.up_proj, "weight", 0.5)), "computed at each call"),
+    (lambda: changed(network(), lambda m: parametrizations.weight_norm(m.model.layers[0].mlp.up_proj)), "computed at each call"),
     (lambda: changed(network(), lambda m: m.model.layers[0].mlp.up_proj.weight.data.fill_(float("nan"))), "not finite"),
     (lambda: changed(network(), lambda m: setattr(m.model.layers[1].mlp, "up_proj", m.model.layers[0].mlp.up_proj)), "share one weight"),
     (lambda: network().to("meta"), "meta"), (lambda: mlp([8, 8, 8]), "no nn.ModuleList"), (Twice, "one after another"), (lambda: nn.LayerNorm(8), "no nn.ModuleList"),
