@@ -260,6 +260,8 @@ def test_masks_that_would_not_last_are_refused():
     for net in (normed, pruned):
         with pytest.raises(ValueError, match="layer '0' has a weight that is computed"): Masks(net)
         assert list(Masks(net, ["2"]).layers) == ["2"]
+    sharded = network(); sharded[0].weight = nn.Parameter(sharded[0].weight.detach().as_subclass(type("DTensor", (torch.Tensor,), {})))
+    with pytest.raises(ValueError, match="layer '0' is sharded"): Masks(sharded)
     for density in (True, "0.5", None):
         with pytest.raises(TypeError, match=f"density is {density!r}"): Masks(network()).prune(density)
 

@@ -301,6 +301,20 @@ def test_feedback_alignment_with_tied_weights_is_backpropagation(block):
     for p, q in zip(net.parameters(), other.parameters()): torch.testing.assert_close(p, q, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("options", [dict(kernel_size=4, padding="same", dilation=2), dict(kernel_size=3, padding="same"), dict(kernel_size=(1, 4), padding="same"), dict(kernel_size=3, padding="valid", stride=2), dict(kernel_size=3, padding=1, padding_mode="reflect")], ids=str)
+@pytest.mark.parametrize("frozen", [False, True])
+def test_feedback_alignment_takes_every_padding_and_frozen_convolutions(options, frozen):
+    torch.manual_seed(1)
+    net, (x, y) = nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 4, groups=2, **options), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(16, 3)).double(), batch(5, 2, 9, 9)
+    if frozen: net[2].requires_grad_(False)
+    other, before = copy.deepcopy(net), net[2].weight.clone()
+    fa, bp = Feedback(net, lr=0.4, rule="fa"), Feedback(other, lr=0.4)
+    fa._back = {id(p): p.detach().clone() for p in net.parameters() if id(p) in fa._back}
+    fa.fit_batch(x, y); bp.fit_batch(x, y)
+    for p, q in zip(net.parameters(), other.parameters()): torch.testing.assert_close(p, q, rtol=0, atol=1e-12)
+    assert torch.equal(before, net[2].weight) == frozen
+
+
 @pytest.mark.parametrize("rule", ["dfa", "sdfa"])
 def test_direct_feedback_is_its_formula(rule):
     net, (x, y) = mlp(4, 6, 5, 3), batch(7, 4)

@@ -42,7 +42,7 @@ def _layers(model: nn.Module, targets: Any) -> dict[str, nn.Module]:
     for n, m in found.items():
         if not isinstance(m._parameters.get("weight"), nn.Parameter): raise ValueError(f"layer {n!r} has a weight that is computed at each call (torch.nn.utils.parametrize or prune, or a compressed layer); a mask would not last: make it a parameter again, or leave it out of targets")
         if (other := owners.setdefault(id(m.weight), n)) != n: raise ValueError(f"targets names {other!r} and {n!r}, which share one weight; name one of them")
-        if type(m.weight).__name__ == "DTensor": raise NotImplementedError(f"layer {n!r} is sharded (DTensor); prune before sharding")
+        if type(m.weight).__name__ == "DTensor": raise ValueError(f"layer {n!r} is sharded (DTensor); prune before sharding")
         if not m.weight.is_floating_point(): raise ValueError(f"layer {n!r} has weights of {m.weight.dtype}; only floating-point weights can be pruned")
     return found
 
@@ -89,7 +89,7 @@ class Masks:
     - `targets`: None (`prunable_layers`), names of layers, or a function of (name, layer) that says whether to prune that one.
 
     Masks only shrink, but for `load_state_dict` and `clear`. They are kept in the weights' own dtype and follow them to another device; saved, they take one bit a weight.
-    Raises ValueError for a model without prunable layers or an unknown name, NotImplementedError for sharded weights.
+    Raises ValueError for a model without prunable layers, an unknown name, and weights that are sharded, shared or computed at each call.
     """
 
     def __init__(self, model: nn.Module, targets: Sequence[str] | Callable[[str, nn.Module], bool] | None = None) -> None:

@@ -55,9 +55,13 @@ class _Aligned(TorchFunctionMode):
     def linear(self, x, weight, bias=None):
         return _AlignedLinear.apply(x, weight, bias, self.back[id(weight)]) if id(weight) in self.back else torch.nn.functional.linear(x, weight, bias)
 
-    def convolution(self, dimensions, x, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
+    def convolution(self, function, dimensions, x, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
+        if id(weight) not in self.back: return function(x, weight, bias, stride, padding, dilation, groups)
         wide = lambda v: [v] * dimensions if isinstance(v, int) else list(v)
-        if id(weight) not in self.back or isinstance(padding, str): raise NotImplementedError("feedback alignment takes convolutions with numeric padding alone")
+        if padding == "same":
+            total = [d * (k - 1) for k, d in zip(weight.shape[2:], wide(dilation))]
+            x, padding = nn.functional.pad(x, [side for t in reversed(total) for side in (t // 2, t - t // 2)]), 0
+        elif padding == "valid": padding = 0
         return _AlignedConv.apply(x, weight, bias, self.back[id(weight)], [wide(stride), wide(padding), wide(dilation), False, [0] * dimensions, groups])
 
     def cell(self, x, state, w_ih, w_hh, b_ih, b_hh): return self.linear(x, w_ih, b_ih), self.linear(state, w_hh, b_hh)
@@ -66,7 +70,7 @@ class _Aligned(TorchFunctionMode):
         kwargs = kwargs or {}
         dimensions = {torch.conv1d: 1, torch.conv2d: 2, torch.conv3d: 3}.get(function)
         if function is torch.nn.functional.linear: return self.linear(*args, **kwargs)
-        if dimensions: return self.convolution(dimensions, *args, **kwargs)
+        if dimensions: return self.convolution(function, dimensions, *args, **kwargs)
         if function in (torch.rnn_tanh_cell, torch.rnn_relu_cell):
             a, b = self.cell(*args)
             return torch.tanh(a + b) if function is torch.rnn_tanh_cell else torch.relu(a + b)
