@@ -4,22 +4,15 @@
 __all__ = ['least_squares_update', 'PruningSchedule', 'StructuredPruner']
 
 # %% ../../nbs/compress/efficientllm.ipynb #b358b032
-import math
-from numbers import Real
 from typing import Any, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from ..optim.base import check_number
 from .efficientllm_model import VariableLlamaForCausalLM, _check_llama, count_parameters, forward_flops, layer_sizes, make_variable, rebuild
 
 # %% ../../nbs/compress/efficientllm.ipynb #90eb6947
-def _check_number(name: str, value: Any, below: float = math.inf) -> None:
-    """Raise TypeError or ValueError unless `value` is a number in [0, below)."""
-    if isinstance(value, bool) or not isinstance(value, Real): raise TypeError(f"{name} is {value!r}; it must be a number in [0, {below})")
-    if not 0 <= value < below: raise ValueError(f"{name} is {value!r}; it must lie in [0, {below})")
-
-
 @torch.no_grad()
 def least_squares_update(W: Tensor, H: Tensor, drop: Tensor, damping: float = 0.01) -> Tensor:
     """Weights (out, kept) that reproduce the layer `W` (out, in) best without the input channels `drop`, in the order of those that stay.
@@ -31,7 +24,7 @@ def least_squares_update(W: Tensor, H: Tensor, drop: Tensor, damping: float = 0.
     """
     n = W.shape[-1]
     if W.ndim != 2 or H.shape != (n, n): raise ValueError(f"H has shape {tuple(H.shape)} and W {tuple(W.shape)}; H must be (in, in) for W (out, in)")
-    _check_number("damping", damping)
+    check_number("damping", damping, 0)
     if not (drop.shape == (n,) if drop.dtype == torch.bool else drop.ndim == 1 and ((drop >= 0) & (drop < n)).all()): raise ValueError(f"drop is {drop.tolist()}; it must hold indices in [0, {n - 1}] or {n} booleans, one for each input channel of W")
     gone = torch.zeros(n, dtype=torch.bool, device=W.device)
     gone[drop] = True
@@ -90,7 +83,7 @@ class StructuredPruner:
         if not groups or set(groups) - set(_GROUPS): raise ValueError(f"groups is {groups!r}; allowed are {_GROUPS}, at least one")
         if saliency not in _SALIENCIES: raise ValueError(f"saliency is {saliency!r}; allowed are {_SALIENCIES}")
         if saliency == "wanda" and {"stem", "qk"} & set(groups): raise ValueError(f"groups is {groups!r}; saliency='wanda' looks at input columns of O and down and knows only 'ffn', 'vo' and 'head'")
-        _check_number("ema", ema, below=1); _check_number("damping", damping)
+        check_number("ema", ema, 0, 1, open_high=True); check_number("damping", damping, 0)
         _check_llama(model)
         if optimizer is not None:
             if not isinstance(optimizer, torch.optim.Optimizer): raise TypeError(f"optimizer is a {type(optimizer).__name__}; it must be a torch.optim.Optimizer, or None")

@@ -120,7 +120,6 @@ def sparsify(model: nn.Module, sparsity: float, *, targets: Sequence[str] | Call
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63: raise ValueError(f"seed is {seed!r}; it must be a whole number of at least 0")
     masks = Masks(model, targets)
     for name, layer in masks.layers.items():
-        if not isinstance(layer._parameters.get("weight"), nn.Parameter): raise ValueError(f"layer {name!r} has a weight that is computed at each call (torch.nn.utils.parametrize or prune); make it a parameter again with remove_parametrizations or prune.remove, or leave it out of targets")
         if not torch.isfinite(layer.weight).all(): raise ValueError(f"layer {name!r} has {int((~torch.isfinite(layer.weight)).sum())} weights that are not finite; they cannot be removed by a mask")
     if sparsity > 0:
         zeros = [w == 0 for w in masks.weights]
