@@ -50,11 +50,12 @@ def _unit_kernel(p: Tensor, g: Tensor, b: Tensor, renew: Tensor, decay: Tensor, 
 
 def _norm_by_rows(t: Tensor) -> float:
     """The norm of a tensor on a CPU, first of rows that float32 adds up to seven digits; three times as fast as a compiled sum."""
-    flat = in_memory_order(t)
-    even = flat.numel() // _ROW * _ROW
-    rows = torch.linalg.vector_norm(flat[:even].view(-1, _ROW), dim=1, dtype=torch.promote_types(t.dtype, torch.float32))
-    sizes = [torch.linalg.vector_norm(part, dtype=torch.float64).item() for part in (rows, flat[even:])]
-    return math.sqrt(sizes[0] ** 2 + sizes[1] ** 2)
+    rest = t.numel() % _ROW
+    flat = t if t.is_contiguous() and not rest else in_memory_order(t)
+    wide = torch.promote_types(t.dtype, torch.float32)
+    rows = torch.linalg.vector_norm((flat[:-rest] if rest else flat).view(-1, _ROW), dim=1, dtype=None if wide == t.dtype else wide).double()
+    squares = torch.dot(rows, rows).item()
+    return math.sqrt(squares + torch.linalg.vector_norm(flat[-rest:], dtype=torch.float64).item() ** 2 if rest else squares)
 
 
 def _local_kernel(p: Tensor, g: Tensor, b: Tensor, lr: Tensor, rate: Tensor, momentum: Tensor, along: Tensor, decay: Tensor, scale: Tensor) -> None:
