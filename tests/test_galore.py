@@ -268,3 +268,29 @@ def test_groups_say_what_they_took(capsys):
     taken = galore_param_groups(model, rank=16, verbose=True)
     assert "7 matrices" in capsys.readouterr().out and taken[0]["rank"] == 16
     with pytest.raises(ValueError, match="targets="): galore_param_groups(mlp([2, 3]), targets=["attn"])
+
+
+# wrong gradients, and options of every kind
+
+@every_kind
+def test_a_subspace_of_gradients_that_are_not_finite_is_refused_by_name_and_changes_nothing(kind):
+    params, targets = problem()
+    named = [(f"layer{i}.weight", p) for i, p in enumerate(params[:3])]
+    optimizer = KINDS[kind]([dict(params=named, rank=4)])
+    for p in params: p.grad = torch.ones_like(p)
+    params[1].grad[2, 3] = float("nan")
+    before = [p.detach().clone() for p in params]
+    with pytest.raises(RuntimeError, match="gradient that is not finite, and that of parameter 'layer1.weight' .*has 1 such"): optimizer.step()
+    assert all(torch.equal(p, q) for p, q in zip(params, before)) and not any(len(s) for s in optimizer.state.values())
+    params[1].grad[2, 3] = 0.0
+    optimizer.step()
+    assert all((p != q).any() for p, q in zip(params[:3], before))
+
+
+@pytest.mark.parametrize("flag", ["maximize", "scale_parameter", "relative_step", "warmup_init"])
+def test_adafactor_takes_no_other_flags(flag):
+    with pytest.raises((TypeError, ValueError), match=flag): GaLoreAdafactor([nn.Parameter(torch.ones(2))], **{flag: None})
+
+
+def test_targets_that_are_one_string_are_refused():
+    with pytest.raises(TypeError, match="targets is 'attn'"): galore_param_groups(llama(16, 1, heads=1), 2, targets="attn")

@@ -113,10 +113,11 @@ class GaLoreAdafactor(Projected, Optimizer):
         loss = evaluate(closure)
         for group in self.param_groups:
             for p, _, g, state in zip(*collect(self, group)):
+                if not g.numel(): continue
                 g = g.float() if g.dtype in (torch.float16, torch.bfloat16) else g
                 t = state["step"]
                 lr = min(1e-6 * t if group["warmup_init"] else 1e-2, 1 / math.sqrt(t)) if group["relative_step"] else float(group["lr"])
-                if group["scale_parameter"]: lr *= max(group["eps"][1], float(_rms(whole(p).float())))
+                if group["scale_parameter"]: lr = lr * _rms(whole(p).float()).clamp(min=group["eps"][1])
                 keep = 1 - t**group["decay_rate"]
                 square = g.square() + group["eps"][0]
                 if g.ndim >= 2:
@@ -132,7 +133,7 @@ class GaLoreAdafactor(Projected, Optimizer):
                     mean = state.setdefault("exp_avg", torch.zeros_like(update))
                     update = mean.lerp_(update.to(mean.dtype), 1 - group["beta1"]).clone()
                 update = back_to_weights(group, state, update)
-                if group["weight_decay"]: decay_weights([p], 1 - group["weight_decay"] * lr)
+                if group["weight_decay"]: (p.to_local() if hasattr(p, "to_local") else p).mul_(1 - group["weight_decay"] * lr)
                 apply_update(p, update.to(p.dtype), -1.0)
         return loss
 

@@ -12,6 +12,7 @@ from typing import Any, Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.optim import Optimizer
 
 from .projection import METHODS, project, project_back, projected_sides, subspace
@@ -138,7 +139,7 @@ def collect(optimizer: Optimizer, group: dict, *, keep: bool = False) -> tuple[l
     gather(optimizer, group, {}, params, grads)
     states = [optimizer.state[p] for p in params]
     for p, g, state in zip(params, grads, states):
-        if not _due(group, state): continue
+        if not _due(group, state) or isinstance(g, FakeTensor): continue  # tensors without storage are counted, not looked into
         wrong = int((~torch.isfinite(g.to_local() if hasattr(g, "to_local") else g)).sum())
         if wrong:
             i = next(i for i, q in enumerate(group["params"]) if q is p)

@@ -8,30 +8,40 @@ __all__ = ['dynamic_map', 'quantize', 'dequantize']
 # %% ../../nbs/memory/quantize.ipynb #e9ca27de
 from functools import cache
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 # %% ../../nbs/memory/quantize.ipynb #2d69b587
 @cache
+def _entries(signed: bool) -> list[float]:
+    values = [0.0, 1.0]
+    for i in range(7):
+        bounds = np.linspace(0.1, 1, (2**i if signed else 2**(i + 1)) + 1)
+        means = (bounds[:-1] + bounds[1:]) / 2 * 10.0**(i - 6)
+        values += means.tolist()
+        if signed: values += (-means).tolist()
+    return sorted(values)
+
+
 def dynamic_map(signed: bool = True) -> Tensor:
     """The 256 values of the dynamic data type, ascending in [-1, 1] or, unsigned, [0, 1] (Dettmers et al. 2022, section 1.3); float32.
 
     For 7 exponents 10^-6 ... 10^0: 2^i (signed) or 2^(i+1) (unsigned) means of equal parts of [0.1, 1] times the power; zero and one complete it.
     """
-    values = [0.0, 1.0]
-    for i in range(7):
-        parts = 2**i if signed else 2**(i + 1)
-        bounds = torch.linspace(0.1, 1, parts + 1, dtype=torch.float64)
-        means = (bounds[:-1] + bounds[1:]) / 2 * 10.0**(i - 6)
-        values += means.tolist()
-        if signed: values += (-means).tolist()
-    return torch.tensor(sorted(values)).float()
+    return torch.tensor(_entries(signed), dtype=torch.float64).float()
 
 
 @cache
-def _table(signed: bool, device: torch.device) -> tuple[Tensor, Tensor]:
+def _real_table(signed: bool, device: torch.device) -> tuple[Tensor, Tensor]:
     code = dynamic_map(signed).to(device)
     return code, (code[:-1] + code[1:]) / 2
+
+
+def _table(signed: bool, like: Tensor) -> tuple[Tensor, Tensor]:
+    """The map and the middles between its entries; kept, unless `like` is a tensor without storage, whose world real tensors may not enter."""
+    return (_real_table.__wrapped__ if isinstance(like, FakeTensor) else _real_table)(signed, like.device)
 
 
 def quantize(x: Tensor, signed: bool = True, block: int = 256) -> tuple[Tensor, Tensor]:
@@ -42,15 +52,15 @@ def quantize(x: Tensor, signed: bool = True, block: int = 256) -> tuple[Tensor, 
     if isinstance(block, bool) or not isinstance(block, int) or block < 1: raise ValueError(f"block is {block!r}; it must be a whole number of at least 1")
     if not x.is_floating_point(): raise ValueError(f"x holds {x.dtype}; it must hold floating-point numbers")
     flat = x.detach().float().reshape(-1)
-    if not signed and flat.numel() and float(flat.min()) < 0: raise ValueError(f"x holds {float(flat.min())}; without sign only numbers of at least 0 can be stored")
+    if not signed and flat.numel() and not isinstance(x, FakeTensor) and float(flat.min()) < 0: raise ValueError(f"x holds {float(flat.min())}; without sign only numbers of at least 0 can be stored")
     rows = torch.nn.functional.pad(flat, (0, -flat.numel() % block)).view(-1, block)
     scales = rows.abs().amax(1)
-    codes = torch.bucketize(rows / scales.clamp_min(torch.finfo(torch.float32).tiny)[:, None], _table(signed, x.device)[1])
+    codes = torch.bucketize(rows / scales.clamp_min(torch.finfo(torch.float32).tiny)[:, None], _table(signed, x)[1])
     return codes.to(torch.uint8).view(-1)[:flat.numel()].view(x.shape), scales
 
 
 def dequantize(codes: Tensor, scales: Tensor, signed: bool = True, block: int = 256) -> Tensor:
     """The numbers (float32, the shape of `codes`) behind `quantize`'s result. Raises ValueError when codes and scales do not fit."""
     if scales.numel() != -(-codes.numel() // block): raise ValueError(f"scales has {scales.numel()} entries for {codes.numel()} codes in blocks of {block}; it must have {-(-codes.numel() // block)}")
-    values = _table(signed, codes.device)[0][codes.reshape(-1).long()]
+    values = _table(signed, codes)[0][codes.reshape(-1).long()]
     return (torch.nn.functional.pad(values, (0, -values.numel() % block)).view(-1, block) * scales[:, None]).view(-1)[:values.numel()].view(codes.shape)
