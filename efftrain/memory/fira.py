@@ -19,6 +19,7 @@ from ..optim.base import check_betas, check_flag, check_lr, check_number, evalua
 
 # %% ../../nbs/memory/fira.ipynb #93589647
 SCALINGS, FORMS = ("column", "matrix", None), ("paper", "code")
+_TINY = 1e-8  # added to norms before they divide, as in the released code
 
 
 def _norm(x: Tensor, dim: int | None) -> Tensor:
@@ -36,7 +37,7 @@ def scaling_factors(direction: Tensor, gradient: Tensor, dim: int | None = None)
     """
     if direction.shape != gradient.shape or direction.ndim != 2: raise ValueError(f"direction has shape {tuple(direction.shape)} and gradient {tuple(gradient.shape)}; both must be the same (a, b)")
     if dim not in (0, 1, None): raise ValueError(f"dim is {dim!r}; allowed are 0, 1 and None")
-    return _norm(direction, dim) / (_norm(gradient, dim) + 1e-8)
+    return _norm(direction, dim) / (_norm(gradient, dim) + _TINY)
 
 # %% ../../nbs/memory/fira.ipynb #a6173d4b
 def full_rank_update(group: dict[str, Any], state: dict[str, Any], gradient: Tensor, low: Tensor, direction: Tensor) -> Tensor:
@@ -50,13 +51,13 @@ def full_rank_update(group: dict[str, Any], state: dict[str, Any], gradient: Ten
     a = group["scale"]
     inside, outside = (1.0, a) if group["form"] == "paper" else (a, 1.0)  # the residual is outside * φ (G - inside * P R)
     dim = None if group["scaling"] != "column" else 0 if projected_sides(gradient.shape, group["proj_type"]) == ("left",) else 1
-    factors = torch.ones((), device=low.device) if group["scaling"] is None else scaling_factors(direction, low, dim)
+    low_norm = _norm(low, dim)
+    factors = torch.ones_like(low_norm) if group["scaling"] is None else _norm(direction, dim) / (low_norm + _TINY)
     if group["limiter"] is not None:
-        whole_norm = _norm(gradient, dim)
-        share = (_norm(low, dim) / whole_norm.clamp_min(torch.finfo(whole_norm.dtype).tiny)).square_()
-        norm = _norm(factors * whole_norm * (1 - (2 * inside - inside**2) * share).clamp_min_(0).sqrt_(), None)
-        before = state.get("residual_norm", torch.zeros_like(norm))
-        limit = torch.where(before > 0, (norm / (before + 1e-8)).clamp_min(group["limiter"]) / group["limiter"], 1.0)
+        squares = _norm(gradient, dim).square_().addcmul_(low_norm, low_norm, value=inside**2 - 2 * inside).clamp_min_(0)
+        norm = _norm(squares.sqrt_().mul_(factors), None)
+        before = state.get("residual_norm", math.inf)
+        limit = (norm / (before + _TINY)).clamp_min_(group["limiter"]).div_(group["limiter"])
         state["residual_norm"] = torch.where(norm > 0, norm / limit, before)
         factors = factors / limit
     update = back_to_weights(group, state, direction - factors * low)
