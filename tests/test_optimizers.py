@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from efftrain.memory.fira import Fira
 from efftrain.memory.galore import GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit
 from efftrain.optim import base
 from efftrain.optim.adadagrad import AdaGradNorm
@@ -65,6 +66,8 @@ CASES |= {
     "galore": Case(GaLoreAdamW, dict(weight_decay=0.1), ({}, dict(correct_bias=False)), **GALORE),
     "galore_adafactor": Case(GaLoreAdafactor, dict(weight_decay=0.1, relative_step=False), ({}, dict(beta1=0.9, scale_parameter=False)), **GALORE),
     "galore_8bit": Case(GaLoreAdamW8bit, dict(weight_decay=0.1), ({}, dict(block=64, min_8bit_size=0)), **GALORE),
+    "fira": Case(Fira, dict(weight_decay=0.1), ({}, dict(correct_bias=False, betas=(0.8, 0.9))), **GALORE),
+    "fira_code": Case(Fira, paths=("plain",), compiles=False, matrix=dict(rank=3, update_proj_gap=2, form="code", scaling="matrix", limiter=1.5), close=1e-4),
 }
 
 FLAGS = {"plain": {}, "single": dict(foreach=False), "foreach": dict(foreach=True), "fused": dict(fused=True)}
