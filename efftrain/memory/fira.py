@@ -24,7 +24,9 @@ _TINY = 1e-8  # added to norms before they divide, as in the released code
 
 def _norm(x: Tensor, dim: int | None) -> Tensor:
     """Norm along `dim` (kept) or of everything (0-d), in float32 or wider."""
-    return torch.linalg.vector_norm(x, dim=dim, keepdim=dim is not None, dtype=torch.promote_types(x.dtype, torch.float32))
+    wide = torch.promote_types(x.dtype, torch.float32)
+    if dim == 0: return x.to(wide).square().sum(0, keepdim=True).sqrt_()  # on a CPU several times faster than vector_norm, which walks down the columns
+    return torch.linalg.vector_norm(x, dim=dim, keepdim=dim is not None, dtype=wide)
 
 
 def scaling_factors(direction: Tensor, gradient: Tensor, dim: int | None = None) -> Tensor:
@@ -56,11 +58,11 @@ def full_rank_update(group: dict[str, Any], state: dict[str, Any], gradient: Ten
     if group["limiter"] is not None:
         squares = _norm(gradient, dim).square_().addcmul_(low_norm, low_norm, value=inside**2 - 2 * inside).clamp_min_(0)
         norm = _norm(squares.sqrt_().mul_(factors), None)
-        before = state.get("residual_norm", math.inf)
-        limit = (norm / (before + _TINY)).clamp_min_(group["limiter"]).div_(group["limiter"])
-        state["residual_norm"] = torch.where(norm > 0, norm / limit, before)
+        if "residual_norm" not in state: state["residual_norm"] = torch.full_like(norm, math.inf)
+        limit = (norm / (state["residual_norm"] + _TINY)).clamp_min_(group["limiter"]).div_(group["limiter"])
+        state["residual_norm"] = torch.where(norm > 0, norm / limit, state["residual_norm"])
         factors = factors / limit
-    update = back_to_weights(group, state, direction - factors * low)
+    update = back_to_weights(group, state, torch.addcmul(direction, factors.to(direction.dtype), low, value=-1))
     return update.to(torch.promote_types(update.dtype, gradient.dtype)).addcmul_(gradient, factors, value=outside)
 
 # %% ../../nbs/memory/fira.ipynb #0934a186
