@@ -59,8 +59,8 @@ CASES = {
     "diffgrad": Case(DiffGrad, dict(weight_decay=0.1), ({}, dict(decoupled_weight_decay=True, betas=(0.8, 0.99)))),
     "lamb": Case(Lamb, dict(weight_decay=0.1), ({}, dict(nesterov="first", phi=(0.1, 10), norm=1), dict(nesterov="both", bias_correction=False, norm=float("inf"), always_adapt=True, weight_decay=0.0, clip_global_norm=1.0), dict(state_dtype=torch.float64, clip_global_norm=0.5))),
     "lars": Case(Lars, dict(weight_decay=0.1), ({}, dict(form="local_rate", trust_coefficient=0.1), dict(form="local_rate", trust_coefficient=0.1, nesterov=True, norm=1, clip_global_norm=1.0), dict(norm=float("inf"), phi=(0.1, 10), state_dtype=torch.float64))),
-    # moments of half of the coordinates, others after every second step; the step runs outside of any graph (tests/test_frugal.py compiles around it)
-    "frugal": Case(Frugal, dict(weight_decay=0.1, density=0.5, selection="randk", update_gap=2), ({}, dict(selection="blocks", update_gap=3), dict(selection="blocks", density=1.0), dict(density=0.25, state_full="lion", reset=False),
+    # moments of half of the coordinates, others after every second step; the step runs outside of any graph (tests/test_frugal.py compiles around it); eps: moments that start anew make signs of rounding errors
+    "frugal": Case(Frugal, dict(weight_decay=0.1, density=0.5, selection="randk", update_gap=2, eps=1e-3), ({}, dict(selection="blocks", update_gap=3), dict(selection="blocks", density=1.0), dict(density=0.25, state_full="lion", reset=False),
                                                                                                dict(state_full="sgdm", state_free="sgd", update_gap=7), dict(density=0.0), dict(density=0.25, state_free=None)), compiles=False)
 }
 

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from .projected import apply_update, bases
 from .projection import PROJ_TYPES, project, project_back, projected_sides, subspace
-from ..optim.base import add_group, check_betas, check_flag, check_lr, check_number, choose_path, evaluate, fused_update, gather, load_exactly, local_shards, set_defaults
+from ..optim.base import _label, add_group, check_betas, check_flag, check_lr, check_number, choose_path, evaluate, fused_update, gather, load_exactly, local_shards, set_defaults
 
 # %% ../../nbs/memory/frugal.ipynb #f6dc03f1
 TARGETS = ("attn", "attention", "mlp", "intermediate", "output.dense")
@@ -31,6 +32,7 @@ def frugal_param_groups(model: nn.Module, density: float = 0.25, *, targets: Seq
 
     Raises ValueError when no layer is targeted, naming the linear layers there are, and when a part in `also` is in no name.
     """
+    if isinstance(targets, str): raise TypeError(f"targets is {targets!r}; it must be a list of parts of module names, or a function of (name, module)")
     wanted = targets if callable(targets) else lambda name, module: any(t in name for t in targets)
     linear = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D"}
     taken = {id(m.weight) for name, m in linear.items() if wanted(name, m)}
@@ -227,7 +229,7 @@ def _put(t: Tensor, selection: str, index: Tensor, values: Tensor) -> None:
     else: t.index_copy_(int(selection == "columns"), index, values)
 
 
-def _bases(state: dict) -> dict[str, Tensor]: return {side: state[f"basis_{side}"] for side in ("left", "right") if f"basis_{side}" in state}
+def _bases(state: dict, like: Tensor) -> dict[str, Tensor]: return {side: basis.to(like.dtype) for side, basis in bases(state).items()}  # of a checkpoint in another dtype, too
 
 
 class Frugal(Optimizer):
@@ -282,12 +284,21 @@ class Frugal(Optimizer):
         gather(self, group, {}, params, grads)
         if not params: return
         places = [i for i, p in enumerate(group["params"]) if p.grad is not None]
+        self._refuse_nonfinite(group, places)
         path = choose_path(params, group["foreach"], group["fused"])
         period = group["updates"] // group["update_gap"]
         active = active_blocks(len(group["params"]), group["density"], period, group["order"], group["seed"]) if group["density"] is not None and group["selection"] == "blocks" else None
         rows = [(p, g, self.state[p], i) for p, g, i in zip(params, grads, places)]
         for some in [[row] for row in rows] if path == "single" else [rows]: self._move(group, some, path, period, active)
         group["updates"] += 1
+
+    def _refuse_nonfinite(self, group: dict, places: list[int]) -> None:
+        """Raise RuntimeError, with nothing changed, when singular vectors are due of a gradient that has none."""
+        if group["selection"] != "svd" or group["density"] is None or group["updates"] % group["update_gap"]: return
+        for i in places:
+            g = local_shards([group["params"][i].grad])[0]
+            wrong = g.numel() - int(torch.isfinite(g).sum())
+            if wrong: raise RuntimeError(f"Frugal cannot find the subspace of a gradient that is not finite, and that of {_label(group, i)} has {wrong} such numbers; skip the step, or clip with error_if_nonfinite")
 
     def _move(self, group: dict, rows: list[tuple], path: str, period: int, active: set[int] | None) -> None:
         """Update these parameters: collect what the state-full rule works on, run the state-free rule over whole weights, then bring the compact results back."""
@@ -308,8 +319,8 @@ class Frugal(Optimizer):
             whole = g.full_tensor() if sharded else g
             if selection in ("svd", "random"):
                 self._turn(group, state, whole, k, period, i)
-                low, index = project(whole, _bases(state)), None
-                if not sharded: free_gs[-1] = whole - project_back(low, _bases(state)) if group["state_free"] else whole
+                low, index = project(whole, _bases(state, whole)), None
+                if not sharded: free_gs[-1] = whole - project_back(low, _bases(state, whole)) if group["state_free"] else whole
             else:
                 index = (coordinates if selection == "randk" else subset)(n, k, _key(group["seed"], period, i), whole.device)
                 low = _take(whole, selection, index)
@@ -327,7 +338,7 @@ class Frugal(Optimizer):
         if free_ps: _apply(group["state_free"], path, [free_ps, free_gs], (-free if uphill else free, shrink), (0,))
         for p, whole, index, here, state in returns:
             if whole is not None: self._shard(group, p, whole, index, here, state, -free if uphill else free, shrink)
-            elif index is None: p.add_(project_back(here, _bases(state)))
+            elif index is None: p.add_(project_back(here, _bases(state, p)))
             else: _put(p, selection, index, here)
 
     @staticmethod
@@ -340,12 +351,14 @@ class Frugal(Optimizer):
         elif fresh and (group["reset"] or group["selection"] == "blocks"):
             state["step"] = 0
             for name in names: state[name].zero_()
+        for name in names:  # of a checkpoint of a model in another dtype
+            if state[name].dtype != like.dtype: state[name] = state[name].to(like.dtype)
         if changes: state["period"] = period
 
     @staticmethod
     def _turn(group: dict, state: dict, gradient: Tensor, rank: int, period: int, i: int) -> None:
         """A new basis when the period is new."""
-        if state.get("period") == period and _bases(state): return
+        if state.get("period") == period and bases(state): return
         for side in projected_sides(gradient.shape, group["proj_type"]):
             if group["selection"] == "svd": basis = subspace(gradient, rank, side)
             else:
@@ -363,9 +376,10 @@ class Frugal(Optimizer):
     @staticmethod
     def _shard(group: dict, p: Tensor, whole: Tensor, index: Tensor | None, here: Tensor, state: dict, free: float, shrink: float) -> None:
         """Both updates of a sharded parameter as one matrix, of which this process takes its part; `here` is the state-full update."""
-        from torch.distributed.tensor import distribute_tensor
-        rest = whole if index is not None else whole - project_back(project(whole, _bases(state)), _bases(state))
+        found = _bases(state, whole)
+        rest = whole if index is not None else whole - project_back(project(whole, found), found)
         update = rest.sign() * -free if group["state_free"] == "signsgd" else rest * -free if group["state_free"] == "sgd" else torch.zeros_like(whole)
-        if index is None: update += project_back(here, _bases(state))
+        if index is None: update += project_back(here, found)
         else: _put(update, group["selection"], index, here)
-        p.to_local().mul_(shrink).add_(distribute_tensor(update, p.device_mesh, p.placements, src_data_rank=None).to_local())
+        p.to_local().mul_(shrink)
+        apply_update(p, update, 1.0)
