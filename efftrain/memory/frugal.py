@@ -59,9 +59,9 @@ def _key(*numbers: int) -> int:
 
 def _hash(n: int, key: int, device: torch.device | str) -> Tensor:
     """(n,) int64 numbers in [0, 2^32): the finaliser of MurmurHash3 on a counter."""
-    h = (torch.arange(n, device=device) * 0x9E3779B1 + key) & _MASK
-    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)): h = ((h ^ (h >> shift)) * factor) & _MASK
-    return h ^ (h >> 16)
+    h = torch.arange(n, device=device).mul_(0x9E3779B1).add_(key).bitwise_and_(_MASK)
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)): h = h.bitwise_xor_(h >> shift).mul_(factor).bitwise_and_(_MASK)
+    return h.bitwise_xor_(h >> 16)
 
 
 def subset(n: int, k: int, key: int, device: torch.device | str = "cpu") -> Tensor:
@@ -71,9 +71,13 @@ def subset(n: int, k: int, key: int, device: torch.device | str = "cpu") -> Tens
 
 def coordinates(n: int, k: int, key: int, device: torch.device | str = "cpu") -> Tensor:
     """k different numbers below n, one from each of k runs of nearly equal length, rotated: (k,) int64, every number as likely as any other. `key` (32 bits) decides which; O(k), for RandK."""
-    bounds = torch.arange(k + 1, device=device) * n // k
-    offset = (_hash(k, key, device) * bounds.diff()) >> 32
-    return (bounds[:-1] + offset + _key(key, n) % n) % n
+    if k == 0: return torch.arange(0, device=device)
+    if n % k == 0: first, length = torch.arange(0, n, n // k, device=device), n // k
+    else:
+        bounds = torch.arange(k + 1, device=device).mul_(n).div_(k, rounding_mode="floor")
+        first, length = bounds[:-1], bounds.diff()
+    index = _hash(k, key, device).mul_(length).bitwise_right_shift_(32).add_(first).add_(_key(key, n) % n)
+    return index.sub_((index >= n) * n)
 
 # %% ../../nbs/memory/frugal.ipynb #4664c228
 ORDERS = ("random", "ascending", "descending", "mirror")
