@@ -7,6 +7,7 @@ __all__ = ['TARGETS', 'ORDERS', 'STATE_FULL', 'STATE_FREE', 'SELECTIONS', 'fruga
            'active_blocks', 'Frugal']
 
 # %% ../../nbs/memory/frugal.ipynb #5874b3d3
+import contextlib
 import hashlib
 import math
 from typing import Any, Callable, Iterable, Iterator, Sequence
@@ -236,6 +237,9 @@ def _put(t: Tensor, selection: str, index: Tensor, values: Tensor) -> None:
 def _bases(state: dict, like: Tensor) -> dict[str, Tensor]: return {side: basis.to(like.dtype) for side, basis in bases(state).items()}  # of a checkpoint in another dtype, too
 
 
+def _world(t: Tensor) -> Any: return getattr(t, "fake_mode", contextlib.nullcontext())  # accounting steps on tensors without storage: what is made beside them is of their kind
+
+
 class Frugal(Optimizer):
     """A state-full rule on part of the coordinates, a state-free one on the rest (Zmushko et al. 2025, algorithm 1), for parameter groups with a `density`; the state-full rule alone for the others.
 
@@ -301,7 +305,7 @@ class Frugal(Optimizer):
         if group["selection"] != "svd" or group["density"] is None or group["updates"] % group["update_gap"]: return
         for i in places:
             g = local_shards([group["params"][i].grad])[0]
-            wrong = g.numel() - int(torch.isfinite(g).sum())
+            wrong = 0 if hasattr(g, "fake_mode") else g.numel() - int(torch.isfinite(g).sum())
             if wrong: raise RuntimeError(f"Frugal cannot find the subspace of a gradient that is not finite, and that of {_label(group, i)} has {wrong} such numbers; skip the step, or clip with error_if_nonfinite")
 
     def _move(self, group: dict, rows: list[tuple], path: str, period: int, active: set[int] | None) -> None:
@@ -322,11 +326,11 @@ class Frugal(Optimizer):
                 if k == 0: continue
             whole = g.full_tensor() if sharded else g
             if selection in ("svd", "random"):
-                self._turn(group, state, whole, k, period, i)
+                with _world(whole): self._turn(group, state, whole, k, period, i)
                 low, index = project(whole, _bases(state, whole)), None
                 if not sharded: free_gs[-1] = whole - project_back(low, _bases(state, whole)) if group["state_free"] else whole
             else:
-                index = (coordinates if selection == "randk" else subset)(n, k, _key(group["seed"], period, i), whole.device)
+                with _world(whole): index = (coordinates if selection == "randk" else subset)(n, k, _key(group["seed"], period, i), whole.device)
                 low = _take(whole, selection, index)
             self._begin(group, state, low, period, True)
             here = torch.zeros_like(low) if sharded or index is None else _take(p, selection, index)
