@@ -61,7 +61,8 @@ CASES = {
     "lars": Case(Lars, dict(weight_decay=0.1), ({}, dict(form="local_rate", trust_coefficient=0.1), dict(form="local_rate", trust_coefficient=0.1, nesterov=True, norm=1, clip_global_norm=1.0), dict(norm=float("inf"), phi=(0.1, 10), state_dtype=torch.float64))),
     # moments of half of the coordinates, others after every second step; the step runs outside of any graph (tests/test_frugal.py compiles around it); eps: moments that start anew make signs of rounding errors
     "frugal": Case(Frugal, dict(weight_decay=0.1, density=0.5, selection="randk", update_gap=2, eps=1e-3), ({}, dict(selection="blocks", update_gap=3), dict(selection="blocks", density=1.0), dict(density=0.25, state_full="lion", reset=False),
-                                                                                               dict(state_full="sgdm", state_free="sgd", update_gap=7), dict(density=0.0), dict(density=0.25, state_free=None)), compiles=False)
+                                                                                               dict(state_full="sgdm", state_free="sgd", update_gap=7), dict(density=0.0), dict(density=0.25, state_free=None)), compiles=False),
+    "frugal_columns": Case(Frugal, dict(weight_decay=0.1, eps=1e-3), matrix=dict(density=0.5, selection="columns", update_gap=2), compiles=False)
 }
 
 PROJECTED = dict(rank=3, update_proj_gap=100, scale=0.5)
