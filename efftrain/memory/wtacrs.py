@@ -39,53 +39,61 @@ def kept_rows(rows: int, budget: float) -> int:
 
 
 def row_probabilities(inputs: Tensor, norms: Tensor | None = None) -> Tensor:
-    """Probabilities (M,) of the rows of `inputs` (M, d), proportional to ||H_i|| times `norms` (M,) where those are given (Liu et al. 2023, eq. 3 and algorithm 1), in float64 where the device has it.
+    """Probabilities (..., M) of the rows of `inputs` (..., M, d), proportional to ||H_i|| times `norms` (..., M) where those are given (Liu et al. 2023, eq. 3 and algorithm 1), in float64 where the device has it.
 
     A row of norm zero gets a millionth of the mean probability, so that the estimate stays unbiased if its gradient is not zero after all; where all are zero, all are equal.
     """
     wide = torch.float32 if inputs.device.type == "mps" else torch.float64
     score = torch.linalg.vector_norm(inputs, dim=-1, dtype=torch.promote_types(inputs.dtype, torch.float32)).to(wide)
     if norms is not None: score = score * norms.to(score)
-    mean = score.mean()
+    mean = score.mean(-1, keepdim=True)
     score = torch.where(mean > 0, score + _FLOOR * mean, torch.ones_like(score))
-    return score / score.sum()
+    return score / score.sum(-1, keepdim=True)
+
+
+def _winners(mass: Tensor, k: int) -> Tensor:
+    """|C| (..., 1) from the cumulative sums of ascending probabilities (..., M)."""
+    rest = mass[..., mass.shape[-1] - k:]  # the mass of what is left for |C| = k - 1, ..., 0
+    return k - 1 - (rest / torch.arange(1, k + 1, device=mass.device)).argmin(-1, keepdim=True)
+
+
+def _check_k(p: Tensor, k: int) -> None:
+    if not 1 <= k <= p.shape[-1]: raise ValueError(f"k is {k}; it must be in [1, {p.shape[-1]}], the number of rows")
 
 
 def winners(p: Tensor, k: int) -> Tensor:
-    """|C|, how many of the most probable rows WTA-CRS takes for sure when it keeps `k`, as a scalar integer tensor: the argmin of (1 - P_C) / (k - |C|) over 0, ..., k - 1 (Liu et al. 2023, section 3.2; a tie goes to the larger set).
+    """|C| (...), how many of the most probable rows WTA-CRS takes for sure when it keeps `k`: the argmin of (1 - P_C) / (k - |C|) over 0, ..., k - 1 (Liu et al. 2023, section 3.2; a tie goes to the larger set).
 
-    `p`: probabilities (M,). k - |C| is at least 1; where one row is left to draw and only one has probability, that is the same as taking it.
+    `p`: probabilities (..., M). k - |C| is at least 1; where one row is left to draw and only one has probability, that is the same as taking it. Raises ValueError for a k outside [1, M].
     """
-    left = torch.cumsum(p.sort().values, 0)[len(p) - k:].flip(0)  # mass of the rest for |C| = 0, ..., k - 1
-    score = left / torch.arange(k, 0, -1, device=p.device)
-    return k - 1 - score.flip(0).argmin()
+    _check_k(p, k)
+    return _winners(torch.cumsum(p.sort(-1).values, -1), k).squeeze(-1)
 
 
-def sample_rows(p: Tensor, k: int, estimator: str = "wta", *, deterministic: int | Tensor | None = None, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-    """Which rows are kept, (k,) int64, and by what their terms are multiplied, (k,).
+def sample_rows(p: Tensor, k: int, estimator: str = "wta", *, deterministic: int | None = None, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+    """Which rows are kept, (..., k) int64, and by what their terms are multiplied, (..., k).
 
-    - `p`: probabilities (M,), summing to 1; `k` at most M. `estimator`: "wta" (winners and draws), "crs" (draws only), "topk" (the k most probable, not rescaled: biased).
+    - `p`: probabilities (..., M), each row of it summing to 1; `k` at most M. `estimator`: "wta" (winners and draws), "crs" (draws only), "topk" (the k most probable, not rescaled: biased).
     - `deterministic`: |C| of "wta", in [0, k - 1] (default `winners(p, k)`). `generator`: of the random numbers.
 
-    The sum of weight times term over the rows has the full sum as its expectation for "wta" and "crs". Raises ValueError for an unknown estimator or a k outside [1, M].
+    The sum of weight times term over the rows has the full sum as its expectation for "wta" and "crs". Raises ValueError for an unknown estimator, a k outside [1, M] or a |C| outside [0, k - 1].
     """
-    _check_estimator(estimator)
-    if not 1 <= k <= len(p): raise ValueError(f"k is {k}; it must be in [1, {len(p)}], the number of rows")
-    M = len(p)
-    ascending, order = p.sort()
-    place = torch.arange(k, device=p.device)
-    if estimator == "topk": return order[M - 1 - place], torch.ones_like(ascending[:k])
-    mass = torch.cumsum(ascending, 0)
-    if estimator == "crs": c = torch.zeros((), dtype=torch.int64, device=p.device)
-    elif deterministic is not None: c = torch.as_tensor(deterministic, device=p.device)
-    else: c = k - 1 - (mass[M - k:] / torch.arange(1, k + 1, device=p.device)).argmin()
-    rest = mass.index_select(0, (M - 1 - c).reshape(1))
-    u = torch.rand(k, dtype=p.dtype, device=p.device, generator=generator) * rest
-    drawn = torch.minimum(torch.searchsorted(mass, u, right=True), M - 1 - c)
+    _check_estimator(estimator); _check_k(p, k)
+    if deterministic is not None and not 0 <= deterministic < k: raise ValueError(f"deterministic is {deterministic}; it must be in [0, {k - 1}]: at least one of the {k} rows is drawn")
+    M = p.shape[-1]
+    ascending, order = p.sort(-1)
+    place = torch.arange(k, device=p.device).expand(*p.shape[:-1], k)
+    if estimator == "topk": return order[..., M - k:].flip(-1), torch.ones_like(ascending[..., :k])
+    mass = torch.cumsum(ascending, -1)
+    c = torch.zeros_like(order[..., :1]) if estimator == "crs" else _winners(mass, k) if deterministic is None else torch.full_like(order[..., :1], deterministic)
+    last = M - 1 - c  # of the rows that may be drawn
+    rest = mass.gather(-1, last)
+    u = torch.rand(place.shape, dtype=p.dtype, device=p.device, generator=generator) * rest
+    drawn = torch.minimum(torch.searchsorted(mass, u, right=True), last)
     sure = place < c
     where = torch.where(sure, M - 1 - place, drawn)
-    weight = rest / ((k - c) * ascending[where])
-    return order[where], torch.where(sure, torch.ones_like(weight), weight)
+    weight = rest / ((k - c) * ascending.gather(-1, where))
+    return order.gather(-1, where), torch.where(sure, torch.ones_like(weight), weight)
 
 # %% ../../nbs/memory/wtacrs.ipynb #fc8b83d2
 def estimator_error(inputs: Tensor, gradients: Tensor, p: Tensor, k: int, estimator: str = "wta", *, deterministic: int | None = None) -> float:
@@ -99,7 +107,7 @@ def estimator_error(inputs: Tensor, gradients: Tensor, p: Tensor, k: int, estima
     _check_estimator(estimator)
     if inputs.ndim != 2 or gradients.ndim != 2 or not len(inputs) == len(gradients) == len(p): raise ValueError(f"inputs {tuple(inputs.shape)}, gradients {tuple(gradients.shape)} and p {tuple(p.shape)} must be (M, d), (M, o) and (M,)")
     M = len(p)
-    if not 1 <= k <= M: raise ValueError(f"k is {k}; it must be in [1, {M}], the number of rows")
+    _check_k(p, k)
     if k == M: return 0.0
     H, G = inputs.double(), gradients.double()
     order = p.argsort(descending=True)
@@ -135,6 +143,14 @@ class _CRSLinear(torch.autograd.Function):
         return dx, dw, db, None, None, None, None, None
 
 
+def _crs_linear(x: Tensor, weight: Tensor, bias: Tensor | None, budget: float, estimator: str, norms: Tensor | None, record: Callable | None = None, generator: torch.Generator | None = None) -> Tensor:
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    if not (torch.is_grad_enabled() and weight.requires_grad): return F.linear(x, weight, bias)
+    return _CRSLinear.apply(x, weight, bias, norms, float(budget), estimator, record, generator)
+
+
 def crs_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, budget: float = 0.3, estimator: str = "wta", norms: Tensor | None = None, *, record: Callable[[Tensor], None] | None = None,
                generator: torch.Generator | None = None) -> Tensor:
     """`F.linear(x, weight, bias)` that keeps a `budget` of its input rows for the gradient of the weight (Liu et al. 2023, algorithm 1).
@@ -143,22 +159,19 @@ def crs_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, budget: fl
     - `budget` in (0, 1]. `estimator`: "wta", "crs" (both unbiased) or "topk" (biased). `norms`: gradient norms of the output rows (any shape with as many numbers as rows), such as those of the last visit; None weighs rows by ||H_i|| alone.
     - `record`: called in the backward pass with the gradient norms of the output rows (M,). `generator`: of the draws, default PyTorch's own.
 
-    Between the passes it holds k rows of x, their places (4 bytes each) and the weight. Under autocast it casts as F.linear does. The estimate has a gradient once (not twice).
-    Raises ValueError for a budget outside (0, 1], an unknown estimator, sizes that do not fit, and norms that are negative or not finite (outside torch.compile); TypeError for no tensors.
+    Between the passes it holds k rows of x, their places (4 bytes each) and the weight; with a frozen weight no row. Under autocast it casts as F.linear does. The estimate has a gradient once (not twice).
+    Raises ValueError for a budget outside (0, 1], an unknown estimator, sizes that do not fit, and norms that are negative or not finite (torch.compile leaves this last check out); TypeError for no tensors.
     """
     _check_budget(budget); _check_estimator(estimator)
-    for name, t in dict(x=x, weight=weight).items():
+    for name, t in dict(x=x, weight=weight, **({} if norms is None else {"norms": norms})).items():
         if not isinstance(t, Tensor): raise TypeError(f"{name} is a {type(t).__name__}; it must be a tensor")
     if weight.ndim != 2 or x.ndim < 1 or x.shape[-1] != weight.shape[1]: raise ValueError(f"x has shape {tuple(x.shape)} and weight {tuple(weight.shape)}; they must be (..., d) and (o, d)")
     if norms is not None:
         rows = x.numel() // max(x.shape[-1], 1)
         if norms.numel() != rows: raise ValueError(f"norms has shape {tuple(norms.shape)}; it must hold one number for each of the {rows} rows of x")
         norms = norms.detach().reshape(-1)
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    if not (torch.is_grad_enabled() and (weight.requires_grad or record is not None)): return F.linear(x, weight, bias)
-    return _CRSLinear.apply(x, weight, bias, norms, float(budget), estimator, record, generator)
+        if not torch.compiler.is_compiling() and not bool(((norms >= 0) & norms.isfinite()).all()): raise ValueError("norms holds numbers that are negative or not finite")
+    return _crs_linear(x, weight, bias, budget, estimator, norms, record, generator)
 
 # %% ../../nbs/memory/wtacrs.ipynb #3fffb259
 _active: "GradientNormCache | None" = None
@@ -239,7 +252,7 @@ class GradientNormCache:
 def _cached_linear(cache: GradientNormCache, name: str, x: Tensor, weight: Tensor, bias: Tensor | None, budget: float, estimator: str) -> Tensor:
     rows = x.numel() // max(x.shape[-1], 1)
     norms = cache.read(name, rows)
-    return crs_linear(x, weight, bias, budget, estimator, None if norms is None else norms.to(x.device), record=cache.writer(name, rows))
+    return _crs_linear(x, weight, bias, budget, estimator, None if norms is None else norms.to(x.device), cache.writer(name, rows))
 
 
 def _sampled(layer: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
