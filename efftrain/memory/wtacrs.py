@@ -257,7 +257,10 @@ def _cached_linear(cache: GradientNormCache, name: str, x: Tensor, weight: Tenso
 
 def _sampled(layer: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
     """The layer's output: plain in evaluation, without gradients or for a frozen weight, sampled in training."""
-    if not (layer.training and torch.is_grad_enabled() and weight.requires_grad): return F.linear(x, weight, layer.bias)
+    if not (layer.training and weight.requires_grad): return F.linear(x, weight, layer.bias)
+    if not torch.is_grad_enabled():  # move the random state on, as dropout does: reentrant checkpointing puts it back before it computes again, and would give every step the same draws
+        if layer.budget < 1 and x.numel(): torch.rand(kept_rows(x.numel() // x.shape[-1], layer.budget), device=x.device)
+        return F.linear(x, weight, layer.bias)
     if _active is None or layer.budget == 1: return crs_linear(x, weight, layer.bias, layer.budget, layer.estimator)
     return _cached_linear(_active, layer.cache_name, x, weight, layer.bias, layer.budget, layer.estimator)
 
