@@ -12,6 +12,7 @@ from torch import nn
 from efftrain.memory.fira import Fira
 from efftrain.memory.frugal import Frugal
 from efftrain.memory.galore import GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit
+from efftrain.memory.qgalore import QGaLoreAdamW8bit
 from efftrain.optim import base
 from efftrain.optim.adadagrad import AdaGradNorm
 from efftrain.optim.adabelief import AdaBelief
@@ -73,6 +74,7 @@ CASES |= {
     "galore_8bit": Case(GaLoreAdamW8bit, dict(weight_decay=0.1), ({}, dict(block=64, min_8bit_size=0)), **GALORE),
     "fira": Case(Fira, dict(weight_decay=0.1), ({}, dict(correct_bias=False, betas=(0.8, 0.9))), **GALORE),
     "fira_code": Case(Fira, paths=("plain",), compiles=False, matrix=dict(rank=3, update_proj_gap=2, form="code", scaling="matrix", limiter=1.5), close=1e-4),
+    "qgalore": Case(QGaLoreAdamW8bit, dict(weight_decay=0.1), ({}, dict(bits=32), dict(block=64, min_8bit_size=0)), **{**GALORE, "matrix": {**PROJECTED, "proj_bits": 8, "proj_group_size": 3}}),
 }
 
 FLAGS = {"plain": {}, "single": dict(foreach=False), "foreach": dict(foreach=True), "fused": dict(fused=True)}
