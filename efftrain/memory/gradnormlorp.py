@@ -267,9 +267,6 @@ def save_adapter(model: nn.Module, folder: str | Path) -> None:
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=1) + "\n")
 
 # %% ../../nbs/memory/gradnormlorp.ipynb #7f310a23
-_OWN = ("update_proj_gap", "scale", "proj_type")
-
-
 class GradNormLoRPAdamW(GaLoreAdamW8bit):
     """AdamW with moments in the subspace of the gradient for the factors of GradNormLoRP layers, plain AdamW for magnitudes and all else (Huang et al. 2025).
 
