@@ -306,6 +306,7 @@ def test_autocast_and_checkpointing():
 
 def test_compiles_whole_without_the_cache_and_says_why_not_with_it():
     net = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2)); to_wtacrs(net, 0.3)
+    torch._dynamo.reset()
     compiled, x = torch.compile(net, fullgraph=True, backend="aot_eager"), torch.randn(4, 20, 8)
     torch.testing.assert_close(compiled(x), net(x))
     plain = copy.deepcopy(net); to_linear(plain); plain(x).square().sum().backward()
@@ -320,6 +321,17 @@ def test_compiles_whole_without_the_cache_and_says_why_not_with_it():
     torch._dynamo.reset()
     with cache.batch(range(4)): torch.compile(net, backend="aot_eager")(x).sum().backward()
     assert set(cache.norms) == {"0", "2"}
+    torch._dynamo.reset()
+
+
+def test_compiles_with_sizes_left_open():
+    net = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2)); to_wtacrs(net, 0.3)
+    torch._dynamo.reset()
+    compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
+    for rows in (20, 33, 40):  # the second size makes the graph one for any size
+        x = torch.randn(4, rows, 8)
+        net.zero_grad(); y = compiled(x); y.square().sum().backward()
+        torch.testing.assert_close(y, net(x)); assert net[0].weight.grad.abs().sum() > 0
     torch._dynamo.reset()
 
 

@@ -88,7 +88,8 @@ def sample_rows(p: Tensor, k: int, estimator: str = "wta", *, deterministic: int
     c = torch.zeros_like(order[..., :1]) if estimator == "crs" else _winners(mass, k) if deterministic is None else torch.full_like(order[..., :1], deterministic)
     last = M - 1 - c  # of the rows that may be drawn
     rest = mass.gather(-1, last)
-    u = torch.rand(place.shape, dtype=p.dtype, device=p.device, generator=generator) * rest
+    own = {} if generator is None else dict(generator=generator)  # with sizes that torch.compile leaves open, `generator` may not even be None
+    u = torch.rand(place.shape, dtype=p.dtype, device=p.device, **own) * rest
     drawn = torch.minimum(torch.searchsorted(mass, u, right=True), last)
     sure = place < c
     where = torch.where(sure, M - 1 - place, drawn)
@@ -160,7 +161,7 @@ def crs_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, budget: fl
     - `record`: called in the backward pass with the gradient norms of the output rows (M,). `generator`: of the draws, default PyTorch's own.
 
     Between the passes it holds k rows of x, their places (4 bytes each) and the weight; with a frozen weight no row. Under autocast it casts as F.linear does. The estimate has a gradient once (not twice).
-    Raises ValueError for a budget outside (0, 1], an unknown estimator, sizes that do not fit, and norms that are negative or not finite (torch.compile leaves this last check out); TypeError for no tensors.
+    Raises ValueError for a budget outside (0, 1], an unknown estimator, sizes that do not fit, and norms that are negative or not finite (torch.compile leaves this last check out); TypeError for no tensors. torch.compile takes sizes that change, but not with `dynamic=True`.
     """
     _check_budget(budget); _check_estimator(estimator)
     for name, t in dict(x=x, weight=weight, **({} if norms is None else {"norms": norms})).items():
