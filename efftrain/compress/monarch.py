@@ -13,6 +13,7 @@ from typing import Any, Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from .layer_report import LayerReport
 from .masks import prunable_layers
 
 # %% ../../nbs/compress/monarch.ipynb #f4d41ffa
@@ -160,27 +161,9 @@ class MonarchLinear(nn.Module):
 
 # %% ../../nbs/compress/monarch.ipynb #120eb0f3
 @dataclass(frozen=True)
-class MonarchReport:
+class MonarchReport(LayerReport):
     """What `to_monarch` or `to_dense` did. `layers`: one dict a layer with name, out, in, nblocks, bytes_before, bytes_after (of the layer's storages), flops_before, flops_after (for one row of
     input, by torch's counter), error (relative, Frobenius norm; NaN where the weights were drawn anew). `bytes_before`, `bytes_after`: of all parameters of the model."""
-    layers: list[dict]
-    bytes_before: int
-    bytes_after: int
-
-    @property
-    def flops_before(self) -> int:
-        """Operations of the replaced layers for one row of input, before."""
-        return sum(r["flops_before"] for r in self.layers)
-
-    @property
-    def flops_after(self) -> int:
-        """Operations of the same layers for one row of input, after."""
-        return sum(r["flops_after"] for r in self.layers)
-
-    def table(self) -> "pandas.DataFrame":
-        """One row a layer, by its name."""
-        import pandas as pd
-        return pd.DataFrame(self.layers).set_index("name")
 
 
 def _dense_weight(layer: nn.Module) -> Tensor: return layer.weight.T if type(layer).__name__ == "Conv1D" else layer.weight

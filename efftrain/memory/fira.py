@@ -7,15 +7,15 @@ __all__ = ['SCALINGS', 'FORMS', 'scaling_factors', 'full_rank_update', 'fira_par
 
 # %% ../../nbs/memory/fira.ipynb #d74437a0
 import math
-from typing import Any, Callable, Iterable, Sequence
+from typing import Any, Callable, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
-from .projected import TARGETS, Projected, apply_update, back_to_weights, collect, decay_weights, projected_param_groups, renew_moments, together, whole
+from .galore import GaLoreAdamW
+from .projected import TARGETS, back_to_weights, projected_param_groups, whole
 from .projection import projected_sides
-from ..optim.base import check_betas, check_flag, check_lr, check_number, evaluate
+from ..optim.base import check_number
 
 # %% ../../nbs/memory/fira.ipynb #93589647
 SCALINGS, FORMS = ("column", "matrix", None), ("paper", "code")
@@ -76,7 +76,7 @@ def fira_param_groups(model: nn.Module, rank: int = 128, *, update_proj_gap: int
     return projected_param_groups(model, rank, targets=targets, verbose=verbose, projection=dict(update_proj_gap=update_proj_gap, scale=scale, proj_type=proj_type, scaling=scaling, limiter=limiter, form=form), **options)
 
 
-class Fira(Projected, Optimizer):
+class Fira(GaLoreAdamW):
     """AdamW in the subspace of the gradient and scaled gradient descent outside of it, for parameter groups with a `rank` (Chen et al. 2024, algorithm 1); plain AdamW for the others.
 
     - `params`: parameters or groups. Projected groups (see `fira_param_groups`) have `rank`, GaLore's `update_proj_gap` (200), `scale` (0.25: α), `proj_type` ("std", "reverse_std", "left", "right", "full"), `subspace` ("svd", "randomized", "iterate"), and
@@ -92,42 +92,16 @@ class Fira(Projected, Optimizer):
 
     _own = dict(scaling="column", limiter=1.01, form="paper")
 
-    def __init__(self, params: Iterable, lr: float | Tensor = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-6, weight_decay: float = 0.0, *, correct_bias: bool = True, maximize: bool = False) -> None:
-        """See the class. Every argument but `params` may also be given in a parameter group."""
-        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, correct_bias=correct_bias, maximize=maximize))
-
     @staticmethod
     def _check(group: dict) -> None:
-        check_lr(group["lr"]); check_betas(group["betas"]); check_number("eps", group["eps"], 0); check_number("weight_decay", group["weight_decay"], 0)
-        check_flag("correct_bias", group["correct_bias"], none=False); check_flag("maximize", group["maximize"], none=False)
+        GaLoreAdamW._check(group)
         if group.get("rank") is None: return
         if group["scaling"] not in SCALINGS: raise ValueError(f"scaling is {group['scaling']!r}; allowed are {', '.join(map(repr, SCALINGS))}")
         if group["scaling"] == "column" and group["proj_type"] == "full": raise ValueError("scaling is 'column' with proj_type='full', which leaves no column of its own to a column of the gradient; use 'matrix' or None")
         if group["limiter"] is not None: check_number("limiter", group["limiter"], 1)
         if group["form"] not in FORMS: raise ValueError(f"form is {group['form']!r}; allowed are {', '.join(map(repr, FORMS))}")
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One update of every parameter that has a gradient. Returns the loss of `closure`, which may recompute gradients, or None."""
-        loss = evaluate(closure)
-        for group in self.param_groups:
-            params, _, low, states = collect(self, group)
-            if not params: continue
-            (beta1, beta2), lr, settings = group["betas"], float(group["lr"]), {**self._own, **group}
-            for g, state in zip(low, states):
-                for key in ("exp_avg", "exp_avg_sq"):
-                    if key not in state: state[key] = torch.zeros_like(g)
-            for ps, gs, ms, vs, owners in together(group, params, low, [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states], states):
-                ms, vs = renew_moments(ms, vs, gs, beta1, beta2)
-                updates = torch._foreach_sqrt(vs)
-                torch._foreach_add_(updates, group["eps"])
-                torch._foreach_reciprocal_(updates)
-                torch._foreach_mul_(updates, ms)
-                for p, g, update, state in zip(ps, gs, updates, owners):
-                    size = lr * math.sqrt(1 - beta2**state["step"]) / (1 - beta1**state["step"]) if group["correct_bias"] else lr
-                    if group.get("rank") is not None:  # a sharded gradient is gathered again: no two are whole at a time
-                        gradient = whole(p.grad)
-                        update = full_rank_update(settings, state, -gradient if group["maximize"] else gradient, g, update)
-                    apply_update(p, update, -size)
-            if group["weight_decay"]: decay_weights(params, 1 - lr * group["weight_decay"])
-        return loss
+    def _to_weights(self, group: dict, state: dict, p: Tensor, low: Tensor, update: Tensor) -> Tensor:
+        if group.get("rank") is None: return update
+        gradient = whole(p.grad)  # a sharded gradient is gathered again: no two are whole at a time
+        return full_rank_update({**self._own, **group}, state, -gradient if group["maximize"] else gradient, low, update)

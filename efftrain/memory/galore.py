@@ -70,9 +70,9 @@ class GaLoreAdamW(Projected, Optimizer):
                 torch._foreach_add_(updates, group["eps"])
                 torch._foreach_reciprocal_(updates)
                 torch._foreach_mul_(updates, ms)
-                for p, update, state in zip(ps, updates, owners):
+                for p, g, update, state in zip(ps, gs, updates, owners):
                     size = lr * math.sqrt(1 - beta2**state["step"]) / (1 - beta1**state["step"]) if group["correct_bias"] else lr
-                    apply_update(p, back_to_weights(group, state, update), -size)
+                    apply_update(p, self._to_weights(group, state, p, g, update), -size)
             if group["weight_decay"]: decay_weights(params, 1 - lr * group["weight_decay"])
         return loss
 

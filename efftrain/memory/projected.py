@@ -196,6 +196,10 @@ class Projected:
             self._check({**self.defaults, **param_group})
         Optimizer.add_param_group(self, param_group)
 
+    def _to_weights(self, group: dict, state: dict, p: Tensor, low: Tensor, update: Tensor) -> Tensor:
+        """What the weights move by, up to the step size, for the `update` that was made of the gradient `low` in the subspace."""
+        return back_to_weights(group, state, update)
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from `state_dict`, bit for bit: moments, bases and their dtypes are as saved."""
         load_exactly(self, state_dict)

@@ -13,6 +13,7 @@ from typing import Any, Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from ..compress.layer_report import LayerReport
 from ..compress.masks import prunable_layers
 
 # %% ../../nbs/memory/sltrain.ipynb #0703ee0f
@@ -236,27 +237,9 @@ class SLLinear(nn.Module):
 
 # %% ../../nbs/memory/sltrain.ipynb #4b071946
 @dataclass(frozen=True)
-class SLReport:
+class SLReport(LayerReport):
     """What `to_sltrain` or `merge` did. `layers`: one dict a layer with name, out, in, rank, nonzeros, bytes_before, bytes_after (of the layer's storages, indices included), flops_before, flops_after (a row of input: matrix products by
     torch's counter, and two a non-zero, which the counter does not see), error (relative, Frobenius norm; NaN where weights were drawn anew). `bytes_before`, `bytes_after`: of all parameters and buffers of the model."""
-    layers: list[dict]
-    bytes_before: int
-    bytes_after: int
-
-    @property
-    def flops_before(self) -> int:
-        """Operations of the replaced layers for one row of input, before."""
-        return sum(r["flops_before"] for r in self.layers)
-
-    @property
-    def flops_after(self) -> int:
-        """Operations of the same layers for one row of input, after."""
-        return sum(r["flops_after"] for r in self.layers)
-
-    def table(self) -> "pandas.DataFrame":
-        """One row a layer, by its name."""
-        import pandas as pd
-        return pd.DataFrame(self.layers).set_index("name")
 
 
 def _row_flops(layer: nn.Module, width: int) -> int:
